@@ -1,0 +1,425 @@
+"""Tiny data sets, held in memory whole, and their augmentation: per image, batched, on the training device.
+
+A tiny data set is one uint8 tensor (N, 3, S, S) and its labels; there is no DataLoader and there are no workers.
+Decoded sets are cached as <root>/<name>.npz, and a cache that is there is used without asking the network.
+
+`augment` is the recipe of DeiT and of the LG code: random resized crop, flip, RandAugment rand-m9-mstd0.5-inc1
+(timm's; much stronger than torchvision's magnitude 9), random erasing. Three steps:
+
+    draw      every random number of the batch, on the CPU, from one seeded generator: the same on every device,
+              and as the host knows which image gets which operation, nothing waits for the device
+    resample  crop, flip, translation, rotation and shear become one map from output to stored pixels, sampled once
+    recolour  each colour operation at once on the images that drew it, with a parameter for each image
+"""
+
+import json
+import os
+import random
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision import datasets
+from torchvision.transforms.v2 import functional as TF
+
+CLASSES = {"glyphs": 10, "cifar10": 10, "cifar100": 100, "flowers": 102, "chaoyang": 4, "folder": None}
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")  # images uint8 (N, S, S, 3), labels (N,)
+STORED = 256  # pixels: photographs are stored no larger
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, as in the LG code
+
+
+class InputError(ValueError):
+    """Something the user can mend. The message names cause and next action; it is all that train.py prints."""
+
+
+class Data(NamedTuple):
+    """A data set: images uint8 (N, 3, S, S), labels int64 (N,) from 0 to num_classes - 1."""
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+    num_classes: int
+
+
+# ------------------------------------------------------------------------------------------------- data sets
+
+
+def load(name, root="data", classes=None):
+    """Loads a data set, from its cache where there is one.
+
+    Args:
+        name: glyphs (generated), cifar10, cifar100, flowers, chaoyang or folder.
+        root: where data and caches are or go. For chaoyang the folder of train.json, test.json and the images;
+            for folder the one that holds train/<class>/* and val/<class>/*.
+        classes: keep the first so many classes only, for a quick run.
+
+    Raises:
+        InputError: unknown name; missing, damaged or inconsistent files; no network.
+    """
+    if name not in CLASSES:
+        raise InputError(f"unknown data set {name!r}: choose one of {', '.join(CLASSES)}")
+    cache = Path(root) / f"{name}.npz"
+    if name == "glyphs":
+        arrays = glyphs()
+    elif cache.exists() and not (name == "folder" and changed(root) > cache.stat().st_mtime):
+        arrays = read_cache(cache)
+    else:
+        arrays = {"folder": folder, "chaoyang": chaoyang, "flowers": flowers}.get(name, cifar)(root, name)
+        write_cache(cache, arrays)
+    num_classes = CLASSES[name] or int(arrays[1].max()) + 1
+    check(arrays, num_classes, cache)
+    if classes is not None:
+        if not 2 <= classes <= num_classes:
+            raise InputError(f"--classes {classes}: {name} has {num_classes} classes, choose from 2 to {num_classes}")
+        num_classes = classes
+    parts = []
+    for x, y in (arrays[:2], arrays[2:]):
+        keep = y < num_classes
+        parts += [torch.from_numpy(x[keep]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y[keep]).long()]
+    return Data(*parts, num_classes)
+
+
+def check(arrays, num_classes, source):
+    """Refuses arrays that are not two sets of square images of one size with labels below num_classes."""
+    for x, y in (arrays[:2], arrays[2:]):
+        square = x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (*arrays[0].shape[1:2] * 2, 3)
+        if not (square and len(x) and y.shape == x.shape[:1] and y.dtype.kind in "iu"):
+            problem = f"images {x.dtype} {x.shape} with labels {y.dtype} {y.shape}"
+        elif not 0 <= y.min() <= y.max() < num_classes:
+            problem = f"labels from {y.min()} to {y.max()}, not 0 to {num_classes - 1}"
+        else:
+            continue
+        raise InputError(f"{source} holds {problem}; it must hold {', '.join(ARRAYS)}: images uint8 (N, S, S, 3) of one "
+                         "size with N labels. Delete it to have it made again")
+
+
+def read_cache(path):
+    """The four arrays of an .npz file; nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return [file[key] for key in ARRAYS]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no usable cache ({error}); delete it to have it made again") from error
+
+
+def write_cache(path, arrays):
+    """Writes beside `path` first, so that a run killed here leaves no half a cache."""
+    partial = path.with_suffix(".partial.npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(partial, **dict(zip(ARRAYS, arrays)))
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path} ({error}); free some space, or choose another --data") from error
+
+
+def cifar(root, name):
+    """CIFAR-10 or CIFAR-100 through torchvision, which checks md5 sums."""
+    make = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    train, test = (fetch(make, root, name, train) for train in (True, False))
+    return train.data, np.array(train.targets), test.data, np.array(test.targets)
+
+
+def flowers(root, name):
+    """Flowers-102 through torchvision; train and val together (2,040 images) train, as is usual with this set."""
+    parts = [fetch(datasets.Flowers102, root, name, split) for split in ("train", "val", "test")]
+    (x1, y1), (x2, y2), test = (decode(part.__getitem__, len(part), STORED) for part in parts)
+    return np.concatenate((x1, x2)), np.concatenate((y1, y2)), *test
+
+
+def fetch(make, root, name, part):
+    """A torchvision data set, downloaded unless its archive is in `root` already."""
+    try:
+        return make(root, part, download=True)
+    except ModuleNotFoundError as error:
+        raise InputError(f"torchvision reads {name} with {error.name}: pip install {error.name}") from error
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot fetch {name} ({error}); put its archive, or a cache {name}.npz (see the README), into "
+                         f"{root}, and run the same command again") from error
+
+
+def folder(root, name):
+    """Anyone's images: <root>/train/<class>/* and <root>/val/<class>/*, classes numbered in alphabetical order."""
+    try:
+        train, val = (datasets.ImageFolder(Path(root) / split, loader=open_image) for split in ("train", "val"))
+    except OSError as error:
+        raise InputError(f"{error}: --data must hold train/<class>/* and val/<class>/*, each with images") from error
+    if len(train.classes) < 2 or train.classes != val.classes:
+        raise InputError(f"{root}: train has the classes {train.classes}, val {val.classes}; two or more are needed, the "
+                         "same in both")
+    sides = [min(open_image(file, decoded=False).size) for file, _ in train.samples]
+    side = min(STORED, int(np.median(sides)))  # small images are not stored enlarged
+    return *decode(train.__getitem__, len(train), side), *decode(val.__getitem__, len(val), side)
+
+
+def changed(root):
+    """When the trees train/ and val/ last changed, in seconds: their cache must be younger. 0 where there are none."""
+    trees = [Path(root) / split for split in ("train", "val")]
+    return max((file.stat().st_mtime for tree in trees for file in [*tree.glob(""), *tree.rglob("*")]), default=0)
+
+
+def chaoyang(root, name):
+    """Chaoyang (Zhu et al., IEEE TMI 2021) in its official split, 4,021 + 2,139 images of 512 px, from its authors."""
+    root, arrays = Path(root).resolve(), []
+    for split in ("train", "test"):
+        file = root / f"{split}.json"
+        try:
+            pairs = [((root / entry["name"]).resolve(), entry["label"]) for entry in json.loads(file.read_text())]
+            bad = [pair for pair in pairs if pair[1] not in range(4) or root not in pair[0].parents]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file} is missing or no list of {{name, label}} ({error}); ask the authors of Chaoyang for "
+                             "the data (see the README) and give their folder as --data") from error
+        if bad or not pairs:
+            raise InputError(f"{file} is empty, or names a file outside {root} or a label outside 0 to 3: {bad[:1]}; unpack "
+                             "the data again")
+        arrays += decode(lambda i, pairs=pairs: (open_image(pairs[i][0]), pairs[i][1]), len(pairs), STORED)
+    return arrays
+
+
+def open_image(path, decoded=True):
+    """An image file of any kind with 8 bits a channel -> an upright Pillow RGB image (or only its header read)."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"it has more than 8 bits a channel, mode {image.mode}")
+            return ImageOps.exif_transpose(image).convert("RGB") if decoded else image
+    except Exception as error:  # Pillow raises whatever a damaged file provokes
+        raise InputError(f"cannot read {path} ({error}); replace it, or take it out") from error
+
+
+def decode(get, count, side):
+    """get(i) -> (Pillow image, label), for i below count -> arrays (count, side, side, 3), (count,), in parallel."""
+    print(f"decoding {count} images to {side} x {side} pixels, once")
+
+    def one(i):  # the middle square, bicubic
+        image, label = get(i)
+        return np.asarray(ImageOps.fit(image, (side, side), Image.BICUBIC)), label
+
+    with ThreadPoolExecutor() as pool:
+        images, labels = zip(*pool.map(one, range(count)))
+    return np.stack(images), np.array(labels)
+
+
+GLYPHS = "AHMOTUVWXY"  # letters that look the same in a mirror
+
+
+def glyphs(train=2500, test=1000, side=64):
+    """The generated default: ten classes, one bright letter of any place, size and colour on dark clutter.
+
+    The place of the letter says nothing about its class. A CNN is blind to place by construction; a transformer has
+    to learn to be, from few images.
+    """
+    rng = random.Random(0)  # one fixed data set, whatever the seed of the run
+    fonts = [ImageFont.load_default(size) for size in range(22, 31)]
+    images, labels = np.empty((train + test, side, side, 3), np.uint8), np.arange(train + test) % len(GLYPHS)
+
+    def colour(low, high):
+        return tuple(rng.randint(low, high) for _ in range(3))
+
+    for i, label in enumerate(labels):
+        image = Image.new("RGB", (side, side), colour(0, 60))
+        pen = ImageDraw.Draw(image)
+        for _ in range(12):
+            pen.line([rng.uniform(0, side) for _ in range(4)], colour(0, 110), width=2)
+        letter, font = GLYPHS[label], rng.choice(fonts)
+        left, top, right, bottom = font.getbbox(letter)
+        place = rng.uniform(0, side - (right - left)) - left, rng.uniform(0, side - (bottom - top)) - top
+        pen.text(place, letter, colour(150, 255), font)
+        images[i] = image
+    return images[:train], labels[:train], images[train:], labels[train:]
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+
+# The operations of RandAugment. u in [0, 1] is the level, s = +-1 the sign; geometry, which moves pixels, comes first.
+OPERATIONS = (
+    "Rotate",        # by 30 u s degrees
+    "ShearX",        # by 0.3 u s
+    "ShearY",        # by 0.3 u s
+    "TranslateX",    # by 0.45 u s of the width
+    "TranslateY",    # by 0.45 u s of the height
+    "AutoContrast",  # every channel stretched to 0 .. 255
+    "Equalize",      # the histogram of every channel flattened
+    "Invert",        # 255 - x
+    "Posterize",     # the leading 4 - int(4 u) bits kept
+    "Solarize",      # inverted from 256 - int(256 u) on
+    "SolarizeAdd",   # int(110 u) added below 128
+    "Color",         # base + (x - base) max(0.1, 1 + 0.9 u s), base: the grey image
+    "Contrast",      # the same, base: the mean grey
+    "Brightness",    # the same, base: black
+    "Sharpness",     # the same, base: the smoothed image
+)
+ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(5)
+FILL = tuple(round(255 * mean) for mean in MEAN)  # what geometry brings in from outside the image
+
+
+class Draws(NamedTuple):
+    """The random numbers of n images, on the CPU. A box is (top, left, height, width)."""
+    crop: torch.Tensor       # (n, 4) in pixels of the stored image
+    flip: torch.Tensor       # (n,) bool
+    operation: torch.Tensor  # (n, 2) the first and the second, as indices into OPERATIONS; -1: not applied
+    level: torch.Tensor      # (n, 2) u
+    sign: torch.Tensor       # (n, 2) s
+    erase: torch.Tensor      # (n, 4) in pixels of the output; all 0: nothing is erased
+
+
+def draw(n, stored, size, generator, strength="strong"):
+    """Draws for n images of side `stored` that become `size`; `strength` as in `augment`."""
+    smallest, operate, erase = (0.08, 0.5, 0.25) if strength == "strong" else (0.5, 0.0, 0.0)
+    crop = draw_boxes(n, stored, smallest, 1.0, 3 / 4, generator)
+    box = draw_boxes(n, size, 0.02, 1 / 3, 0.3, generator)
+    chance = torch.rand(6, n, generator=generator)
+    operation = torch.randint(len(OPERATIONS), (n, 2), generator=generator)
+    level = (0.9 + 0.05 * torch.randn(n, 2, generator=generator)).clamp(0, 1)  # m9, mstd0.5, of 10
+    return Draws(crop, chance[0] < 0.5, torch.where(chance[1:3].T < operate, operation, -1), level,
+                 torch.where(chance[3:5].T < 0.5, -1.0, 1.0), torch.where(chance[5, :, None] < erase, box, 0))
+
+
+def draw_boxes(n, side, smallest, largest, ratio, generator):
+    """(n, 4) boxes in a square: area uniform between two fractions of it, log-uniform aspect in [ratio, 1 / ratio].
+
+    As in the reference, ten tries for a box that fits; where none does (less often than 1e-8), the whole square.
+    """
+    tries = torch.rand(2, n, 10, generator=generator)
+    area, aspect = side**2 * (smallest + (largest - smallest) * tries[0]), ratio ** (2 * tries[1] - 1)
+    shapes = torch.stack(((area / aspect).sqrt(), (area * aspect).sqrt()), dim=2).round()  # (n, 10, 2)
+    fits = ((shapes >= 1) & (shapes <= side)).all(dim=2)
+    shape = torch.where(fits.any(dim=1)[:, None], shapes[torch.arange(n), fits.int().argmax(dim=1)], side)
+    corner = (torch.rand(n, 2, generator=generator) * (side - shape + 1)).floor()
+    return torch.cat((corner, shape), dim=1)
+
+
+def augment(images, size, generator, strength="strong"):
+    """The training augmentation, drawn for each image by itself.
+
+    Args:
+        images: uint8 (B, 3, S, S), on any device.
+        size: side of the result, in pixels.
+        generator: a torch.Generator on the CPU, the only source of randomness.
+        strength: "strong" is the recipe; "weak" is a crop of at least half the area and a flip.
+
+    Returns:
+        float32 (B, 3, size, size), normalised with ImageNet's mean and standard deviation.
+    """
+    B, _, S, S_too = images.shape
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, S, S) or generator.device.type != "cpu":
+        raise ValueError("expected uint8 images (B, 3, S, S) and a generator on the CPU, got "
+                         f"{images.dtype} {tuple(images.shape)} and one on {generator.device}")
+    draws, device = draw(B, S, size, generator, strength), images.device
+    noise = torch.Generator(device).manual_seed(torch.randint(2**62, (), generator=generator).item())
+    x = resample(images, size, draws)  # whole numbers 0 .. 255
+    for slot in range(2):
+        for operation in range(TRANSLATE_Y + 1, len(OPERATIONS)):
+            chosen = (draws.operation[:, slot] == operation).nonzero()[:, 0]
+            if len(chosen):
+                amounts = torch.stack((draws.level[chosen, slot], draws.sign[chosen, slot])).to(device, non_blocking=True)
+                chosen = chosen.to(device, non_blocking=True)
+                x[chosen] = recolour(x[chosen], OPERATIONS[operation], *amounts.view(2, -1, 1, 1, 1))
+    x = TF.normalize(x / 255, MEAN, STD)
+    for i in draws.erase[:, 2].nonzero()[:, 0].tolist():
+        top, left, height, width = draws.erase[i].int().tolist()
+        x[i, :, top : top + height, left : left + width].normal_(generator=noise)
+    return x
+
+
+def prepare(images, size):
+    """The test transform: uint8 (B, 3, S, S) -> normalised float32 (B, 3, size, size), bilinear, no crop."""
+    return TF.normalize(TF.resize(images, [size, size], antialias=True) / 255, MEAN, STD)
+
+
+def resample(images, size, draws):
+    """Crop, flip and geometry in one resampling: uint8 (B, 3, S, S) -> (B, 3, size, size), whole numbers 0 .. 255.
+
+    Crop, flip and translation act on each axis by itself. So bicubic resampling, as Pillow does it, is two small
+    matrix products for an image. Rotation and shear mix the axes: the fifth with one of them is sampled point by point.
+    """
+    B, _, S, _ = images.shape
+    maps = undo(draws, S).to(images.device, non_blocking=True)  # (3, B, 3, 3)
+    crop = draws.crop.to(images.device, non_blocking=True)
+    fill = images.new_tensor(FILL, dtype=torch.float32).view(3, 1, 1)
+    rows, columns = (axis_weights(maps[:, :, axis], axis, crop, S, size) for axis in (1, 0))  # (B, size, S) each
+    # taking the fill off and adding it again gives it to every pixel whose weights are all 0
+    x = (images - fill).reshape(B, 3 * S, S) @ columns.mT  # (B, 3 S, size)
+    x = rows[:, None] @ x.view(B, 3, S, size) + fill  # (B, 1, size, S) @ (B, 3, S, size)
+
+    turned = ((draws.operation >= ROTATE) & (draws.operation <= SHEAR_Y)).any(dim=1).nonzero()[:, 0]
+    if len(turned):
+        turned, k = turned.to(images.device, non_blocking=True), max(1, round(S / size))
+        shape = (len(turned), 3, k * size, k * size)  # k x k samples for a pixel where the image shrinks
+        second, first, source = (F.affine_grid(m[turned, :2], shape, align_corners=False) for m in maps)
+        inside = ((second.abs() < 1) & (first.abs() < 1)).all(dim=3)[:, None]
+        samples = F.grid_sample(images[turned].float(), source, "bicubic", "border", align_corners=False)
+        x[turned] = F.avg_pool2d(torch.where(inside, samples.clamp(0, 255), fill), k)
+    return x.round_().clamp_(0, 255)
+
+
+def undo(draws, S):
+    """Where output points come from: (3, B, 3, 3) maps of (x, y, 1) with x and y from -1 to 1 across the image.
+
+    The first leads to before the second operation, the next to before the first, the last into the stored image.
+    """
+    maps = torch.eye(3).repeat(3, len(draws.flip), 1, 1)
+    for i, slot in ((0, 1), (1, 0)):
+        amount, operation = (draws.level * draws.sign)[:, slot], draws.operation[:, slot]
+        angle, shear_x, shear_y, shift_x, shift_y = (
+            torch.where(operation == k, full * amount, 0) for k, full in enumerate((torch.pi / 6, 0.3, 0.3, 0.9, 0.9)))
+        maps[i, :, 0] = torch.stack((angle.cos(), shear_x - angle.sin(), shear_x + shift_x), dim=1)
+        maps[i, :, 1] = torch.stack((angle.sin() + shear_y, angle.cos(), shear_y + shift_y), dim=1)
+    top, left, height, width = draws.crop.T / S
+    maps[2, :, 0, 0], maps[2, :, 0, 2] = torch.where(draws.flip, -width, width), 2 * left + width - 1
+    maps[2, :, 1, 1], maps[2, :, 1, 2] = height, 2 * top + height - 1
+    maps[1] = maps[1] @ maps[0]
+    maps[2] = maps[2] @ maps[1]
+    return maps
+
+
+def axis_weights(maps, axis, crop, S, size):
+    """Weights (B, size, S) of the stored pixels along one axis (0: x, 1: y) for each output pixel.
+
+    maps (3, B, 3): that axis' row of `undo`. Keys' cubic, a = -1/2, widened where the image shrinks, cut at the crop;
+    all 0 where an operation brings in what is outside the image.
+    """
+    point = (torch.arange(size, device=crop.device) + 0.5) * (2 / size) - 1
+    second, first, source = maps[:, :, axis, None] * point + maps[:, :, 2, None]  # (B, size) each, -1 to 1
+    scale = maps[2, :, axis].abs()[:, None, None] * (S / size)  # stored pixels to an output pixel
+    start, length = crop[:, 1 - axis, None, None], crop[:, 3 - axis, None, None]
+    pixel = torch.arange(S, device=crop.device) + 0.5
+    d = ((pixel - (source + 1)[..., None] * (S / 2)) / scale.clamp(min=1)).abs()  # (B, size, S)
+    weights = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2)
+    weights *= (d < 2) & (pixel > start) & (pixel < start + length)
+    inside = (second.abs() < 1) & (first.abs() < 1)
+    return weights * (inside / weights.sum(dim=2).clamp(min=1e-6))[..., None]
+
+
+def recolour(x, operation, level, sign):
+    """A colour operation: x float (b, 3, H, W) of whole numbers 0 .. 255, level and sign (b, 1, 1, 1) -> the same."""
+    if operation == "AutoContrast":
+        return TF.autocontrast(x.byte()).float()
+    if operation == "Equalize":
+        return TF.equalize(x.byte()).float()
+    if operation == "Invert":
+        return 255 - x
+    if operation == "Posterize":
+        step = 2 ** (4 + (4 * level).int())  # the value of the last bit that is kept
+        return (x / step).floor() * step
+    if operation == "Solarize":
+        return torch.where(x < 256 - (256 * level).int(), x, 255 - x)
+    if operation == "SolarizeAdd":
+        return torch.where(x < 128, (x + (110 * level).int()).clamp(max=255), x)
+    red, green, blue = x.unbind(dim=1)
+    base = (0.299 * red + 0.587 * green + 0.114 * blue).round()[:, None]  # grey (b, 1, H, W)
+    if operation == "Contrast":
+        base = base.mean(dim=(2, 3), keepdim=True).round()
+    elif operation == "Brightness":
+        base = torch.zeros_like(base)
+    elif operation == "Sharpness":
+        kernel = x.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]).expand(3, 1, 3, 3) / 13
+        base = x.clone()  # the border stays as it is
+        base[:, :, 1:-1, 1:-1] = F.conv2d(x, kernel, groups=3).round()
+    return (base + (x - base) * (1 + 0.9 * level * sign).clamp(min=0.1)).clamp(0, 255).floor()

@@ -1,0 +1,96 @@
+"""ResNets: the small CNN that guides (ResNet-56 on 32 px images) and the CNN to compare with (ResNet-18 at 224 px).
+
+Both are the residual network of "Deep Residual Learning for Image Recognition" (He et al., CVPR 2016) with basic blocks:
+
+    y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))
+
+and differ in the stem and the stages only. Parameters are named as in torchvision's `resnet18`, which ours equals.
+"""
+
+from torch import nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, (B, C_in, H, W) -> (B, C, H / stride, W / stride)."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or in_channels != channels:  # a 1x1 projection, for ResNet-56 too, as the LG code has it
+            self.downsample = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False),
+                                            nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class ResNet(nn.Module):
+    """A ResNet of basic blocks whose forward pass returns `(logits, features)`, one feature map per stage.
+
+    Args:
+        num_classes: outputs of the classifier `fc`.
+        blocks: basic blocks in each stage; every stage but the first halves height and width.
+        channels: channels C_i of each stage.
+        small: the stem for 32 px images (one 3x3 convolution) instead of ImageNet's (7x7, stride 2, and max-pooling).
+    """
+
+    def __init__(self, num_classes, blocks, channels, small):
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        self.feature_channels = tuple(channels)
+        width = channels[0]
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False) if small else \
+            nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
+        self.stages = [f"layer{i + 1}" for i in range(len(blocks))]
+        for i, (stage, count) in enumerate(zip(self.stages, blocks)):
+            layers = [BasicBlock(width, channels[i], stride=1 if i == 0 else 2)]
+            layers += [BasicBlock(channels[i], channels[i], stride=1) for _ in range(count - 1)]
+            self.add_module(stage, nn.Sequential(*layers))
+            width = channels[i]
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images):
+        """images (B, 3, H, W) -> logits (B, num_classes), features [(B, C_i, H_i, W_i)], each after its last ReLU."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        features = []
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
+            features.append(x)
+        return self.fc(self.avgpool(x).flatten(1)), features
+
+
+def resnet56(num_classes):
+    """The teacher: 861,620 parameters with 100 classes; at 32 px features (16,32,32) (32,16,16) (64,8,8)."""
+    return ResNet(num_classes, (9, 9, 9), (16, 32, 64), small=True)
+
+
+def resnet20(num_classes):
+    """A teacher of a third of the depth, for trials on a CPU; features as ResNet-56."""
+    return ResNet(num_classes, (3, 3, 3), (16, 32, 64), small=True)
+
+
+def resnet8(num_classes):
+    """The smallest of the family, teacher of the generated data set; features as ResNet-56."""
+    return ResNet(num_classes, (1, 1, 1), (16, 32, 64), small=True)
+
+
+def resnet18(num_classes):
+    """The CNN row: 11,227,812 parameters with 100 classes; at 224 px features (64,56,56) ... (512,7,7)."""
+    return ResNet(num_classes, (2, 2, 2, 2), (64, 128, 256, 512), small=False)

@@ -1,0 +1,409 @@
+"""Trains one row of the table: DeiT-tiny alone or guided by a ResNet-56, or a ResNet.
+
+    python train.py                                        generated images, early guidance; minutes on a CPU
+    python train.py --dataset cifar100 --schedule early    the method: the teacher, if none is there yet, then DeiT-tiny
+
+    L = L_cls + beta * L_guidance      beta (`beta_at`) falls to 0; from then on the teacher is never called
+
+`train_epoch` is the training step; `run` is what happens around it, from the data to the summary line. A run's
+folder holds log.jsonl (a line on where the run comes from, then a line per epoch) and last.pt, its last whole epoch.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from data import CLASSES, Data, InputError, augment, load, prepare
+from guidance import AdaptiveStop, Guidance, beta_at
+from model import deit_mini, deit_tiny
+from teacher import resnet8, resnet18, resnet20, resnet56
+
+TRANSFORMERS = {"deit_tiny": deit_tiny, "deit_mini": deit_mini}
+CNNS = {"resnet56": resnet56, "resnet20": resnet20, "resnet8": resnet8, "resnet18": resnet18}
+TEACHER_SIZE = 32  # pixels: what the small CNNs are trained on, and guide from
+
+# Defaults by kind of model and data: on every real data set exactly the recipe of the LG code.
+VIT = dict(model="deit_tiny", teacher="resnet56", epochs=300, batch_size=128, lr=5e-4, image_size=224, patch_size=16,
+           augment="strong")
+CNN = dict(epochs=300, batch_size=128, lr=0.1, image_size=TEACHER_SIZE, augment="strong")
+GLYPHS_VIT = dict(model="deit_mini", teacher="resnet8", epochs=26, batch_size=32, lr=3e-3, image_size=64, patch_size=16,
+                  augment="weak")
+GLYPHS_CNN = dict(epochs=5, batch_size=64, lr=0.1, image_size=TEACHER_SIZE, augment="weak")
+SMALLER = "python train.py --dataset cifar100 --classes 20 --model deit_mini --image-size 32 --patch-size 4 --epochs 30"
+
+
+def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generator, precision, progress):
+    """One epoch: the training step, for every batch.
+
+    With beta = 0 neither the teacher nor the projections are called, and the step is plain cross-entropy.
+
+    Returns:
+        Means over the epoch: cross-entropy, guidance loss (0 where beta is), accuracy in %.
+    """
+    student.train()
+    order = torch.randperm(len(data.x_train), generator=generator).to(data.x_train.device)
+    steps = len(order) // args.batch_size  # the last partial batch is dropped
+    sums = torch.zeros(3, device=order.device)  # stays on the device: the host waits for it only when it reads it
+    for step in range(steps):
+        batch = order[step * args.batch_size : (step + 1) * args.batch_size]
+        images = augment(data.x_train[batch], args.image_size, generator, args.augment)  # (B, 3, S, S)
+        labels = data.y_train[batch]  # (B,)
+        with precision:
+            logits, features = student(images)  # (B, classes), three of (B, D, S / patch, S / patch)
+            loss_cls = F.cross_entropy(logits, labels)
+            loss_guidance, loss = torch.zeros_like(loss_cls), loss_cls
+            if beta > 0:
+                with torch.no_grad():  # the teacher sees the same images, shrunk without antialiasing as in the LG code
+                    _, targets = teacher(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))
+                loss_guidance = guidance(features, targets)  # with (B, 16, 32, 32) (B, 32, 16, 16) (B, 64, 8, 8)
+                loss = loss_cls + beta * loss_guidance
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        correct = (logits.argmax(dim=1) == labels).float().mean()
+        sums += torch.stack((loss_cls, loss_guidance, correct)).detach()
+        if step % 50 == 10 or step == steps - 1:
+            progress.show(step + 1, steps, sums / (step + 1))
+    loss_cls, loss_guidance, accuracy = (sums / steps).tolist()
+    return loss_cls, loss_guidance, 100 * accuracy
+
+
+@torch.no_grad()
+def evaluate(model, data, image_size, precision, as_teacher=False):
+    """Accuracy in % on the test images prepared at image_size; `as_teacher`: on what the teacher sees of those."""
+    model.eval()
+    correct = torch.zeros((), device=data.x_test.device)
+    for images, labels in zip(data.x_test.split(250), data.y_test.split(250)):
+        images = prepare(images, image_size)
+        if as_teacher:
+            images = F.interpolate(images, TEACHER_SIZE, mode="bilinear")
+        with precision:
+            logits, _ = model(images)
+        correct += (logits.argmax(dim=1) == labels).sum()
+    return 100 * correct.item() / len(data.x_test)
+
+
+def lr_at(epoch, epochs, peak, transformer):
+    """Learning rate in an epoch, counted from 0. A CNN: cosine from peak to 0. A transformer: cosine from peak to
+    peak / 100, times a linear warm-up from 1 / 1000 to 1 over the first fifteenth (20 of 300 epochs)."""
+    cosine = 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    if not transformer:
+        return peak * cosine
+    warm_up = min(1, epoch / max(1, round(epochs / 15)))
+    return peak * (0.01 + 0.99 * cosine) * (0.001 + 0.999 * warm_up)
+
+
+def make_optimizer(model, guidance):
+    """AdamW for a transformer with its projections (None: no guidance), SGD with Nesterov momentum for a CNN.
+    Norms, biases, the cls token and the positions do not decay. `run` sets the learning rate."""
+    named = [*model.named_parameters(), *(guidance.named_parameters() if guidance else [])]
+    free = [p for name, p in named if p.ndim == 1 or name in ("cls_token", "pos_embed")]
+    decayed = [p for name, p in named if p.ndim > 1 and name not in ("cls_token", "pos_embed")]
+    groups = [dict(params=decayed), dict(params=free, weight_decay=0)]
+    if hasattr(model, "cls_token"):
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.05, fused=True)
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+
+
+def build(name, num_classes, image_size, patch_size):
+    """The network of that name; only a transformer needs the sizes."""
+    if name in CNNS:
+        return CNNS[name](num_classes)
+    try:
+        return TRANSFORMERS[name](num_classes, image_size, patch_size)
+    except ValueError as error:
+        raise InputError(f"{error}; choose another --image-size or --patch-size") from error
+
+
+def load_checkpoint(path):
+    """What `run` saved, as a dictionary on the CPU; only tensors and plain values are unpickled."""
+    if not Path(path).is_file():
+        raise InputError(f"there is no checkpoint {path}: check the name, or train it first")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file, a foreign pickle, no torch file at all: torch raises many things
+        raise InputError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]}); train it again") from error
+    if not isinstance(state, dict) or not {"args", "num_classes", "model", "history"} <= state.keys():
+        raise InputError(f"{path} was not written by train.py; choose the last.pt of a run")
+    return state
+
+
+def write(path, content):
+    """Writes text, or a checkpoint (a dict), beside `path` first: killed here, a run keeps the file it had."""
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(content) if isinstance(content, str) else torch.save(content, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot write {path} ({error}); free some space and continue with --resume") from error
+
+
+def ready_teacher(args, data, device, precision):
+    """The frozen teacher in eval mode, trained first if there is none; refused if it does not fit the data.
+    Its accuracy is measured on the very tensors it will guide with."""
+    path = Path(args.teacher)
+    if args.teacher in CNNS:
+        same = [f"--{key}={value}" for key, value in (("classes", args.classes), ("device", args.device)) if value]
+        theirs = parse(["--dataset", args.dataset, "--data", args.data, "--model", args.teacher, "--seed",
+                        str(args.seed), *same])
+        path = Path(theirs.out) / "last.pt"
+        theirs.resume, theirs.amp, theirs.compile = path.with_name("log.jsonl").exists(), args.amp, args.compile
+        if not path.exists() or len(load_checkpoint(path)["history"]) < theirs.epochs:
+            print(f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs first")
+            run(theirs)
+            print()
+    state = load_checkpoint(path)
+    for what, is_now, was in (("data set", args.dataset, state["args"]["dataset"]),
+                              ("number of classes", data.num_classes, state["num_classes"]),
+                              ("image size", TEACHER_SIZE, state["args"]["image_size"])):
+        if is_now != was:
+            raise InputError(f"the teacher {path} has another {what}: {was}, not {is_now}; choose another --teacher")
+    teacher = build(state["args"]["model"], data.num_classes, TEACHER_SIZE, state["args"]["patch_size"])
+    teacher.load_state_dict(state["model"])
+    teacher.to(device).requires_grad_(False)
+    accuracy = evaluate(teacher, data, args.image_size, precision, as_teacher=True)  # leaves it in eval mode
+    if accuracy < 150 / data.num_classes:
+        raise InputError(f"the teacher {path} is at chance ({accuracy:.1f} %): train it longer, or choose another")
+    print(f"teacher: {state['args']['model']} of {path}, trained for {len(state['history'])} epochs; as it will see "
+          f"them, it classifies {accuracy:.2f} % of the test images right")
+    return teacher
+
+
+def in_words(schedule, epochs, beta, guide_epochs):
+    """The schedule of beta as a sentence."""
+    betas = [beta_at(schedule, epoch, epochs, beta, guide_epochs) for epoch in range(epochs)]
+    guided = sum(b > 0 for b in betas)
+    if not guided:
+        return "none, plain cross-entropy; no teacher is called"
+    shape = f"beta falls linearly from {beta:g} to 0" if schedule == "early" else f"beta = {beta:g}"
+    until = ", or until AdaptiveStop ends it" if schedule == "adaptive" else ""
+    rest = f"; from epoch {guided} on the teacher is not called" if guided < epochs else ""
+    return f"{shape} in epochs 0 to {guided - 1} of {epochs}{until}{rest}"
+
+
+def provenance(args, device):
+    """Where a run comes from: the first line of its log."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    return dict(command=" ".join(["python", *sys.argv]), args=vars(args), seed=args.seed, device=str(device),
+                hardware=hardware, threads=torch.get_num_threads(), python=platform.python_version(),
+                torch=str(torch.__version__), torchvision=str(torchvision.__version__),
+                git_commit=git.stdout.strip() or None, started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+
+def duration(seconds):
+    """90 -> '1 min 30 s', 9000 -> '2 h 30 min', 200000 -> '2 days 7 h'."""
+    for size, unit, part_size, part in ((86400, "days", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit} {seconds % size // part_size:.0f} {part}"
+    return f"{seconds:.0f} s"
+
+
+class Progress:
+    """What an epoch shows while it runs; stops the run on a loss that is not finite, before it reaches a file."""
+
+    def __init__(self, args, epoch, beta, lr):
+        self.args, self.epoch, self.beta, self.lr, self.started = args, epoch, beta, lr, time.perf_counter()
+
+    def show(self, step, steps, means):
+        """After `step` steps, with the means so far of cross-entropy, guidance loss and accuracy (a tensor)."""
+        loss_cls, loss_guidance, accuracy = means.tolist()
+        if not math.isfinite(loss_cls + loss_guidance):
+            raise InputError(f"the loss is not finite by step {step} of epoch {self.epoch}: loss_cls {loss_cls}, "
+                             f"loss_guidance {loss_guidance}, beta {self.beta:.3f}, lr {self.lr:.2e}; last.pt keeps the "
+                             "epoch before; choose a lower --lr, or --no-amp")
+        seconds = time.perf_counter() - self.started
+        if self.epoch == 0 and step == min(11, steps):
+            total = seconds / step * steps * self.args.epochs
+            print(f"expected time: {duration(total)}, less where guidance ends early")
+            if total > 3 * 3600:
+                print(f"  That is long. A smaller run of the same method:\n  {SMALLER}")
+        if sys.stdout.isatty():
+            print(f"\repoch {self.epoch}, step {step} of {steps}: loss_cls {loss_cls:.3f}, train {100 * accuracy:.1f} %, "
+                  f"{step * self.args.batch_size / seconds:.0f} images/s ", end="\r", flush=True)
+
+
+def pick_device(name):
+    """The torch device, and in words why this one; `name` is a device or auto."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(name), "no GPU was found" if name == "cpu" else "a GPU was found"
+    try:
+        return torch.zeros(1, device=name).device, "as asked"
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]}); leave it out") from error
+
+
+def run(args):
+    """One run, from the data to the summary line; `args` comes from `parse`."""
+    out, last, log = Path(args.out), Path(args.out) / "last.pt", Path(args.out) / "log.jsonl"
+    if args.resume and not log.exists():
+        raise InputError(f"there is nothing to resume in {out}: check --out, or leave --resume out")
+    if last.exists() and not args.resume:
+        raise InputError(f"{out} holds a run of {len(load_checkpoint(last)['history'])} epochs already: continue it with "
+                         "--resume, or choose another --out")
+    device, device_reason = pick_device(args.device)
+    amp, amp_reason = (args.amp, "as asked") if args.amp is not None else (device.type == "cuda", "the default there")
+    precision = torch.autocast(device.type, torch.bfloat16) if amp else nullcontext()
+    *arrays, num_classes = load(args.dataset, args.data, args.classes)
+    data = Data(*(array.to(device) for array in arrays), num_classes)
+    steps = len(data.x_train) // args.batch_size
+    if not steps:
+        raise InputError(f"{len(data.x_train)} training images do not fill one batch; choose a smaller --batch-size")
+    origin = provenance(args, device)
+    if not log.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write(log, json.dumps(origin) + "\n")
+
+    guided = args.schedule != "none" and args.beta > 0
+    teacher = ready_teacher(args, data, device, precision) if guided else None
+    torch.manual_seed(args.seed)  # weights, drop path
+    generator = torch.Generator().manual_seed(args.seed)  # order of the images, augmentation
+    model = build(args.model, num_classes, args.image_size, args.patch_size).to(device)
+    guidance = Guidance(model.feature_channels, teacher.feature_channels).to(device) if guided else None
+    optimizer = make_optimizer(model, guidance)
+    adaptive, guiding, history = AdaptiveStop(), guided, []
+    if last.exists():
+        state = load_checkpoint(last)
+        other = [f"--{key.replace('_', '-')} {value}" for key, value in state["args"].items()
+                 if value != getattr(args, key) and key not in ("resume", "out", "data", "device", "evaluate")]
+        if other:
+            raise InputError(f"{last} was made with other options: continue it with {' '.join(other)}")
+        model.load_state_dict(state["model"])
+        if guided:
+            guidance.load_state_dict(state["projections"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        origin, history, guiding, adaptive.history = (state[k] for k in ("origin", "history", "guiding", "adaptive"))
+        print(f"resumed after epoch {len(history) - 1}")
+
+    print(f"data: {args.dataset}, {len(data.x_train)} + {len(data.x_test)} images of {data.x_train.shape[-1]} px, "
+          f"{num_classes} classes\n"
+          f"model: {args.model} at {args.image_size} px, {sum(p.numel() for p in model.parameters()):,} parameters\n"
+          f"training: {args.epochs} epochs of {steps} steps of {args.batch_size} images\n"
+          f"device: {device} ({device_reason}); {'bfloat16 autocast' if amp else 'float32'} ({amp_reason})\n"
+          f"guidance: {in_words(args.schedule, args.epochs, args.beta, args.guide_epochs)}\n"
+          f"log and checkpoint: {out}", flush=True)
+    student = torch.compile(model) if args.compile else model
+    for epoch in range(len(history), args.epochs):
+        beta = beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs) if guiding else 0.0
+        lr = lr_at(epoch, args.epochs, args.lr, args.model in TRANSFORMERS)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        progress = Progress(args, epoch, beta, lr)
+        loss_cls, loss_guidance, train_acc = train_epoch(student, teacher, guidance, optimizer, data, beta, args,
+                                                         generator, precision, progress)
+        speed = steps * args.batch_size / (time.perf_counter() - progress.started)
+        val_acc = evaluate(model, data, args.image_size, precision)
+        if args.schedule == "adaptive" and guiding:
+            guiding = adaptive.update(loss_guidance)
+        seconds = time.perf_counter() - progress.started
+        history.append(dict(epoch=epoch, beta=beta, loss_cls=loss_cls, loss_guidance=loss_guidance if beta else None,
+                            train_acc=train_acc, val_acc=val_acc, lr=lr, seconds=seconds, images_per_second=speed))
+        write(last, dict(model=model.state_dict(), projections=guidance.state_dict() if guided else None,
+                         optimizer=optimizer.state_dict(), generator=generator.get_state(), rng=torch.get_rng_state(),
+                         cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                         guiding=guiding, adaptive=adaptive.history, history=history, origin=origin,
+                         num_classes=num_classes, args=vars(args)))
+        write(log, "".join(json.dumps(line) + "\n" for line in (origin, *history)))
+        guidance_now = f"{loss_guidance:.3f}" if beta else "-"
+        print(f"epoch {epoch:3d}  beta {beta:.3f}  loss_cls {loss_cls:.3f}  loss_guidance {guidance_now:>6}  "
+              f"train {train_acc:5.1f} %  val {val_acc:5.1f} %  {speed:.0f} images/s  "
+              f"{duration(seconds * (args.epochs - 1 - epoch))} left", flush=True)
+
+    best = max(history, key=lambda line: line["val_acc"])
+    print(f"result: {args.model} on {args.dataset}, schedule {args.schedule}, seed {args.seed}: val_acc "
+          f"{history[-1]['val_acc']:.2f} % after the last epoch (best {best['val_acc']:.2f} %, epoch {best['epoch']}), "
+          f"{duration(sum(line['seconds'] for line in history))}")
+
+
+def evaluate_file(args):
+    """Prints the accuracy of a checkpoint on the test images of the data set it was trained for."""
+    state, (device, _) = load_checkpoint(args.evaluate), pick_device(args.device)
+    theirs = argparse.Namespace(**state["args"])
+    *arrays, num_classes = load(theirs.dataset, args.data, theirs.classes)
+    model = build(theirs.model, state["num_classes"], theirs.image_size, theirs.patch_size).to(device)
+    model.load_state_dict(state["model"])
+    precision = torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
+    data = Data(*(array.to(device) for array in arrays), num_classes)
+    accuracy = evaluate(model, data, theirs.image_size, precision)
+    print(f"{args.evaluate}: {theirs.model}, {len(state['history'])} epochs on {theirs.dataset}, val_acc {accuracy:.2f} %")
+
+
+def parse(argv=None):
+    """The options. Every one has its value afterwards, so that a run's args say all there is to know."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    add("--dataset", choices=CLASSES, default="glyphs", help="glyphs is generated, the others are real")
+    add("--data", default="data", metavar="DIR", help="where data sets and their caches are (default: data)")
+    add("--classes", type=int, metavar="K", help="use the first K classes only, for a quick run")
+    add("--model", choices=[*TRANSFORMERS, *CNNS], help="default: deit_tiny (glyphs: deit_mini)")
+    add("--schedule", choices=["none", "constant", "early", "adaptive"], default="early", help="of beta; no effect on a CNN")
+    add("--beta", type=float, default=2.5, help="weight of the guidance loss at the start (default: 2.5)")
+    add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (default for early: a third)")
+    add("--teacher", metavar="FILE", help="last.pt of a small CNN (default: the run in its default folder)")
+    add("--epochs", type=int)
+    add("--batch-size", type=int)
+    add("--lr", type=float, help="peak learning rate")
+    add("--image-size", type=int, help="pixels the model sees")
+    add("--patch-size", type=int, help="pixels of a transformer's patch")
+    add("--augment", choices=["strong", "weak"], help="strong: the reference recipe; weak: crop and flip")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
+    add("--amp", action=on_off, help="bfloat16 autocast (default: on a CUDA GPU)")
+    add("--compile", action=on_off, default=False, help="torch.compile (default: off)")
+    add("--out", metavar="DIR", help="the run's folder (default: runs/<dataset>-<model>-<schedule>-seed<seed>)")
+    add("--resume", action="store_true", help="continue after the last whole epoch")
+    add("--evaluate", metavar="FILE", help="only print the accuracy of this checkpoint")
+    args = parser.parse_args(argv)
+
+    vit, cnn = (GLYPHS_VIT, GLYPHS_CNN) if args.dataset == "glyphs" else (VIT, CNN)
+    args.model = args.model or vit["model"]
+    recipe = vit if args.model in TRANSFORMERS else cnn
+    if args.model == "resnet18":
+        recipe = {**cnn, "image_size": vit["image_size"]}
+    for key, value in recipe.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.model in CNNS:
+        args.schedule = "none"
+    for key in ("epochs", "batch_size", "image_size", "lr"):
+        if not getattr(args, key) > 0:
+            parser.error(f"--{key.replace('_', '-')} must be above 0, not {getattr(args, key)}")
+    try:
+        beta_at(args.schedule, 0, args.epochs, args.beta, args.guide_epochs)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.out is None:
+        parts = [args.dataset + (f"{args.classes}" if args.classes else ""), args.model, args.schedule, f"seed{args.seed}"]
+        args.out = "runs/" + "-".join(part for part in parts if part != "none" or args.model in TRANSFORMERS)
+    return args
+
+
+def main():
+    """The command line. What the user can mend ends with one line and exit code 1."""
+    try:
+        args = parse()
+        evaluate_file(args) if args.evaluate else run(args)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
