@@ -389,7 +389,7 @@ def parse(argv=None):
     except ValueError as error:
         parser.error(str(error))
     if args.out is None:
-        parts = [args.dataset + (f"{args.classes}" if args.classes else ""), args.model, args.schedule, f"seed{args.seed}"]
+        parts = [args.dataset + (f"-{args.classes}classes" if args.classes else ""), args.model, args.schedule, f"seed{args.seed}"]
         args.out = "runs/" + "-".join(part for part in parts if part != "none" or args.model in TRANSFORMERS)
     return args
 
