@@ -311,6 +311,8 @@ def augment(images, size, generator, strength="strong"):
     if images.dtype != torch.uint8 or images.shape[1:] != (3, S, S) or generator.device.type != "cpu":
         raise ValueError("expected uint8 images (B, 3, S, S) and a generator on the CPU, got "
                          f"{images.dtype} {tuple(images.shape)} and one on {generator.device}")
+    if strength not in ("strong", "weak"):
+        raise ValueError(f"strength must be 'strong' or 'weak', got {strength!r}")
     draws, device = draw(B, S, size, generator, strength), images.device
     noise = torch.Generator(device).manual_seed(torch.randint(2**62, (), generator=generator).item())
     x = resample(images, size, draws)  # whole numbers 0 .. 255
