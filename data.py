@@ -1,18 +1,19 @@
 """Tiny data sets, held in memory whole, and their augmentation: per image, batched, on the training device.
 
-A tiny data set is one uint8 tensor (N, 3, S, S) and its labels; there is no DataLoader and there are no workers.
-Decoded sets are cached as <root>/<name>.npz, and a cache that is there is used without asking the network.
+A tiny data set is one uint8 tensor (N, 3, S, S) and its labels: no DataLoader, no workers. Decoded sets are
+cached as <root>/<name>.npz, and a cache that is there is used without asking the network.
 
-`augment` is the recipe of DeiT and of the LG code: random resized crop, flip, RandAugment rand-m9-mstd0.5-inc1
-(timm's; much stronger than torchvision's magnitude 9), random erasing. Three steps:
+`augment` is the recipe of DeiT and the LG code: random resized crop, flip, RandAugment rand-m9-mstd0.5-inc1
+(timm's; much stronger than torchvision's magnitude 9), random erasing. Its steps:
 
-    draw      every random number of the batch, on the CPU, from one seeded generator: the same on every device,
-              and as the host knows which image gets which operation, nothing waits for the device
-    resample  crop, flip, translation, rotation and shear become one map from output to stored pixels, sampled once
+    draw      all random numbers of the batch, on the CPU, from one seeded generator: the same on every
+              device, and as the host knows which image gets which operation, nothing waits for the device
+    resample  crop, flip, translation, rotation and shear are one map to the stored pixels, sampled once
     recolour  each colour operation at once on the images that drew it, with a parameter for each image
 """
 
 import json
+import math
 import os
 import random
 import zipfile
@@ -34,7 +35,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for ever
 
 
 class InputError(ValueError):
-    """Something the user can mend. The message names cause and next action; it is all that train.py prints."""
+    """Something the user can mend: the message names cause and next action; train.py prints only that."""
 
 
 class Data(NamedTuple):
@@ -54,8 +55,8 @@ def load(name, root="data", classes=None):
 
     Args:
         name: glyphs (generated), cifar10, cifar100, flowers, chaoyang or folder.
-        root: where data and caches are or go. For chaoyang the folder of train.json, test.json and the images;
-            for folder the one that holds train/<class>/* and val/<class>/*.
+        root: where data and caches are or go. For chaoyang the folder with train.json, test.json and images,
+            for folder the one with train/<class>/* and val/<class>/*.
         classes: keep the first so many classes only, for a quick run.
 
     Raises:
@@ -70,17 +71,18 @@ def load(name, root="data", classes=None):
         arrays = read_cache(cache)
     else:
         arrays = {"folder": folder, "chaoyang": chaoyang, "flowers": flowers}.get(name, cifar)(root, name)
-        write_cache(cache, arrays)
+        write_whole(cache, lambda file: np.savez(file, **dict(zip(ARRAYS, arrays))))
     num_classes = CLASSES[name] or int(arrays[1].max()) + 1
     check(arrays, num_classes, cache)
     if classes is not None:
         if not 2 <= classes <= num_classes:
-            raise InputError(f"--classes {classes}: {name} has {num_classes} classes, choose from 2 to {num_classes}")
+            raise InputError(f"cannot use {classes} classes of {name}: choose from 2 to {num_classes}")
         num_classes = classes
     parts = []
     for x, y in (arrays[:2], arrays[2:]):
         keep = y < num_classes
-        parts += [torch.from_numpy(x[keep]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y[keep]).long()]
+        parts.append(torch.from_numpy(x[keep]).permute(0, 3, 1, 2).contiguous())  # (N, 3, S, S)
+        parts.append(torch.from_numpy(y[keep]).long())
     return Data(*parts, num_classes)
 
 
@@ -94,8 +96,8 @@ def check(arrays, num_classes, source):
             problem = f"labels from {y.min()} to {y.max()}, not 0 to {num_classes - 1}"
         else:
             continue
-        raise InputError(f"{source} holds {problem}; it must hold {', '.join(ARRAYS)}: images uint8 (N, S, S, 3) of one "
-                         "size with N labels. Delete it to have it made again")
+        raise InputError(f"{source} holds {problem}; it must hold {', '.join(ARRAYS)}, images uint8 "
+                         "(N, S, S, 3) of one size and N labels each. Delete it to have it made again")
 
 
 def read_cache(path):
@@ -107,16 +109,17 @@ def read_cache(path):
         raise InputError(f"{path} is no usable cache ({error}); delete it to have it made again") from error
 
 
-def write_cache(path, arrays):
-    """Writes beside `path` first, so that a run killed here leaves no half a cache."""
-    partial = path.with_suffix(".partial.npz")
+def write_whole(path, save):
+    """Has save(file) write beside `path` first, so that a run killed meanwhile keeps the file it had."""
+    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(partial, **dict(zip(ARRAYS, arrays)))
+        with open(partial, "wb") as file:
+            save(file)
         os.replace(partial, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter where the disk is full
         partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path} ({error}); free some space, or choose another --data") from error
+        raise InputError(f"cannot write {path} ({error}); free space or choose another folder") from error
 
 
 def cifar(root, name):
@@ -127,7 +130,7 @@ def cifar(root, name):
 
 
 def flowers(root, name):
-    """Flowers-102 through torchvision; train and val together (2,040 images) train, as is usual with this set."""
+    """Flowers-102 through torchvision; its train and val parts together train (2,040 images), as is usual."""
     parts = [fetch(datasets.Flowers102, root, name, split) for split in ("train", "val", "test")]
     (x1, y1), (x2, y2), test = (decode(part.__getitem__, len(part), STORED) for part in parts)
     return np.concatenate((x1, x2)), np.concatenate((y1, y2)), *test
@@ -140,50 +143,51 @@ def fetch(make, root, name, part):
     except ModuleNotFoundError as error:
         raise InputError(f"torchvision reads {name} with {error.name}: pip install {error.name}") from error
     except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot fetch {name} ({error}); put its archive, or a cache {name}.npz (see the README), into "
-                         f"{root}, and run the same command again") from error
+        raise InputError(f"cannot fetch {name} ({error}); put its archive, or a cache {name}.npz (see the "
+                         f"README), into {root} and run the same command again") from error
 
 
 def folder(root, name):
-    """Anyone's images: <root>/train/<class>/* and <root>/val/<class>/*, classes numbered in alphabetical order."""
+    """Anyone's images: <root>/train/<class>/* and <root>/val/<class>/*, classes in alphabetical order."""
     try:
-        train, val = (datasets.ImageFolder(Path(root) / split, loader=open_image) for split in ("train", "val"))
+        train = datasets.ImageFolder(Path(root) / "train", loader=open_image)
+        val = datasets.ImageFolder(Path(root) / "val", loader=open_image)
     except OSError as error:
-        raise InputError(f"{error}: --data must hold train/<class>/* and val/<class>/*, each with images") from error
+        raise InputError(f"{error}; --data must hold train/<class>/* and val/<class>/* images") from error
     if len(train.classes) < 2 or train.classes != val.classes:
-        raise InputError(f"{root}: train has the classes {train.classes}, val {val.classes}; two or more are needed, the "
-                         "same in both")
+        raise InputError(f"{root}: train has the classes {train.classes}, val {val.classes}; two or more are "
+                         "needed, the same in both")
     sides = [min(open_image(file, decoded=False).size) for file, _ in train.samples]
     side = min(STORED, int(np.median(sides)))  # small images are not stored enlarged
     return *decode(train.__getitem__, len(train), side), *decode(val.__getitem__, len(val), side)
 
 
 def changed(root):
-    """When the trees train/ and val/ last changed, in seconds: their cache must be younger. 0 where there are none."""
-    trees = [Path(root) / split for split in ("train", "val")]
-    return max((file.stat().st_mtime for tree in trees for file in [*tree.glob(""), *tree.rglob("*")]), default=0)
+    """When the trees train/ and val/ last changed, in seconds (0: none there); a cache must be younger."""
+    trees = [tree for tree in (Path(root) / "train", Path(root) / "val") if tree.is_dir()]
+    return max((file.stat().st_mtime for tree in trees for file in (tree, *tree.rglob("*"))), default=0)
 
 
 def chaoyang(root, name):
-    """Chaoyang (Zhu et al., IEEE TMI 2021) in its official split, 4,021 + 2,139 images of 512 px, from its authors."""
+    """Chaoyang (Zhu et al., IEEE TMI 2021), from its authors, in its official split: 4,021 + 2,139 images."""
     root, arrays = Path(root).resolve(), []
     for split in ("train", "test"):
         file = root / f"{split}.json"
         try:
-            pairs = [((root / entry["name"]).resolve(), entry["label"]) for entry in json.loads(file.read_text())]
+            pairs = [((root / row["name"]).resolve(), row["label"]) for row in json.loads(file.read_text())]
             bad = [pair for pair in pairs if pair[1] not in range(4) or root not in pair[0].parents]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file} is missing or no list of {{name, label}} ({error}); ask the authors of Chaoyang for "
-                             "the data (see the README) and give their folder as --data") from error
+            raise InputError(f"{file} is missing or no list of {{name, label}} ({error}); ask the authors of "
+                             "Chaoyang for the data (see README) and give their folder as --data") from error
         if bad or not pairs:
-            raise InputError(f"{file} is empty, or names a file outside {root} or a label outside 0 to 3: {bad[:1]}; unpack "
-                             "the data again")
+            raise InputError(f"{file} is empty, or names a file outside {root} or a label outside 0 to 3: "
+                             f"{bad[:1]}; unpack the data again")
         arrays += decode(lambda i, pairs=pairs: (open_image(pairs[i][0]), pairs[i][1]), len(pairs), STORED)
     return arrays
 
 
 def open_image(path, decoded=True):
-    """An image file of any kind with 8 bits a channel -> an upright Pillow RGB image (or only its header read)."""
+    """Any image file with 8 bits a channel -> an upright Pillow RGB image; or just its header."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
@@ -194,14 +198,14 @@ def open_image(path, decoded=True):
 
 
 def decode(get, count, side):
-    """get(i) -> (Pillow image, label), for i below count -> arrays (count, side, side, 3), (count,), in parallel."""
+    """get(i) -> (Pillow image, label) for i below count -> arrays (count, side, side, 3) and (count,)."""
     print(f"decoding {count} images to {side} x {side} pixels, once")
 
     def one(i):  # the middle square, bicubic
         image, label = get(i)
         return np.asarray(ImageOps.fit(image, (side, side), Image.BICUBIC)), label
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:  # threads suffice: Pillow lets others run while it decodes
         images, labels = zip(*pool.map(one, range(count)))
     return np.stack(images), np.array(labels)
 
@@ -212,8 +216,8 @@ GLYPHS = "AHMOTUVWXY"  # letters that look the same in a mirror
 def glyphs(train=2500, test=1000, side=64):
     """The generated default: ten classes, one bright letter of any place, size and colour on dark clutter.
 
-    The place of the letter says nothing about its class. A CNN is blind to place by construction; a transformer has
-    to learn to be, from few images.
+    The place of the letter says nothing about its class. A CNN is blind to place by construction; a
+    transformer has to learn to be, from few images.
     """
     rng = random.Random(0)  # one fixed data set, whatever the seed of the run
     fonts = [ImageFont.load_default(size) for size in range(22, 31)]
@@ -237,7 +241,7 @@ def glyphs(train=2500, test=1000, side=64):
 
 # ---------------------------------------------------------------------------------------------- augmentation
 
-# The operations of RandAugment. u in [0, 1] is the level, s = +-1 the sign; geometry, which moves pixels, comes first.
+# RandAugment's operations, u in [0, 1] the level and s = +-1 the sign. Those that move pixels come first.
 OPERATIONS = (
     "Rotate",        # by 30 u s degrees
     "ShearX",        # by 0.3 u s
@@ -282,10 +286,8 @@ def draw(n, stored, size, generator, strength="strong"):
 
 
 def draw_boxes(n, side, smallest, largest, ratio, generator):
-    """(n, 4) boxes in a square: area uniform between two fractions of it, log-uniform aspect in [ratio, 1 / ratio].
-
-    As in the reference, ten tries for a box that fits; where none does (less often than 1e-8), the whole square.
-    """
+    """(n, 4) boxes in a square: area uniform between two fractions of it, aspect log-uniform from `ratio` to
+    1 / `ratio`. As in the reference, ten tries for one that fits; where none does (< 1e-8), the square."""
     tries = torch.rand(2, n, 10, generator=generator)
     area, aspect = side**2 * (smallest + (largest - smallest) * tries[0]), ratio ** (2 * tries[1] - 1)
     shapes = torch.stack(((area / aspect).sqrt(), (area * aspect).sqrt()), dim=2).round()  # (n, 10, 2)
@@ -320,9 +322,10 @@ def augment(images, size, generator, strength="strong"):
         for operation in range(TRANSLATE_Y + 1, len(OPERATIONS)):
             chosen = (draws.operation[:, slot] == operation).nonzero()[:, 0]
             if len(chosen):
-                amounts = torch.stack((draws.level[chosen, slot], draws.sign[chosen, slot])).to(device, non_blocking=True)
+                level, sign = torch.stack((draws.level, draws.sign))[:, chosen, slot, None, None, None].to(
+                    device, non_blocking=True)
                 chosen = chosen.to(device, non_blocking=True)
-                x[chosen] = recolour(x[chosen], OPERATIONS[operation], *amounts.view(2, -1, 1, 1, 1))
+                x[chosen] = recolour(x[chosen], OPERATIONS[operation], level, sign)
     x = TF.normalize(x / 255, MEAN, STD)
     for i in draws.erase[:, 2].nonzero()[:, 0].tolist():
         top, left, height, width = draws.erase[i].int().tolist()
@@ -336,16 +339,17 @@ def prepare(images, size):
 
 
 def resample(images, size, draws):
-    """Crop, flip and geometry in one resampling: uint8 (B, 3, S, S) -> (B, 3, size, size), whole numbers 0 .. 255.
+    """Crop, flip and geometry in one: uint8 (B, 3, S, S) -> whole numbers 0 .. 255, (B, 3, size, size).
 
-    Crop, flip and translation act on each axis by itself. So bicubic resampling, as Pillow does it, is two small
-    matrix products for an image. Rotation and shear mix the axes: the fifth with one of them is sampled point by point.
+    Crop, flip and translation act on each axis by itself, so bicubic resampling, as Pillow does it, is two
+    small matrix products. Rotation and shear mix the axes: a fifth of the images is sampled point by point.
     """
     B, _, S, _ = images.shape
     maps = undo(draws, S).to(images.device, non_blocking=True)  # (3, B, 3, 3)
     crop = draws.crop.to(images.device, non_blocking=True)
     fill = images.new_tensor(FILL, dtype=torch.float32).view(3, 1, 1)
-    rows, columns = (axis_weights(maps[:, :, axis], axis, crop, S, size) for axis in (1, 0))  # (B, size, S) each
+    rows = axis_weights(maps[:, :, 1], 1, crop, S, size)  # (B, size, S)
+    columns = axis_weights(maps[:, :, 0], 0, crop, S, size)  # (B, size, S)
     # taking the fill off and adding it again gives it to every pixel whose weights are all 0
     x = (images - fill).reshape(B, 3 * S, S) @ columns.mT  # (B, 3 S, size)
     x = rows[:, None] @ x.view(B, 3, S, size) + fill  # (B, 1, size, S) @ (B, 3, S, size)
@@ -353,8 +357,9 @@ def resample(images, size, draws):
     turned = ((draws.operation >= ROTATE) & (draws.operation <= SHEAR_Y)).any(dim=1).nonzero()[:, 0]
     if len(turned):
         turned, k = turned.to(images.device, non_blocking=True), max(1, round(S / size))
-        shape = (len(turned), 3, k * size, k * size)  # k x k samples for a pixel where the image shrinks
-        second, first, source = (F.affine_grid(m[turned, :2], shape, align_corners=False) for m in maps)
+        shape = (3 * len(turned), 3, k * size, k * size)  # k x k samples for a pixel where the image shrinks
+        grids = F.affine_grid(maps[:, turned, :2].flatten(0, 1), shape, align_corners=False)
+        second, first, source = grids.chunk(3)  # (b, k size, k size, 2) each
         inside = ((second.abs() < 1) & (first.abs() < 1)).all(dim=3)[:, None]
         samples = F.grid_sample(images[turned].float(), source, "bicubic", "border", align_corners=False)
         x[turned] = F.avg_pool2d(torch.where(inside, samples.clamp(0, 255), fill), k)
@@ -362,15 +367,16 @@ def resample(images, size, draws):
 
 
 def undo(draws, S):
-    """Where output points come from: (3, B, 3, 3) maps of (x, y, 1) with x and y from -1 to 1 across the image.
+    """Where output points come from: (3, B, 3, 3) maps of (x, y, 1), x and y from -1 to 1 across the image.
 
-    The first leads to before the second operation, the next to before the first, the last into the stored image.
+    The first leads to before the second operation, the next to before the first, the last to what is stored.
     """
     maps = torch.eye(3).repeat(3, len(draws.flip), 1, 1)
+    strongest = torch.tensor([math.radians(30), 0.3, 0.3, 2 * 0.45, 2 * 0.45])  # in the order of OPERATIONS
     for i, slot in ((0, 1), (1, 0)):
-        amount, operation = (draws.level * draws.sign)[:, slot], draws.operation[:, slot]
-        angle, shear_x, shear_y, shift_x, shift_y = (
-            torch.where(operation == k, full * amount, 0) for k, full in enumerate((torch.pi / 6, 0.3, 0.3, 0.9, 0.9)))
+        amount = strongest[:, None] * (draws.level * draws.sign)[:, slot]  # (5, B)
+        chosen = torch.arange(5)[:, None] == draws.operation[:, slot]
+        angle, shear_x, shear_y, shift_x, shift_y = torch.where(chosen, amount, 0)
         maps[i, :, 0] = torch.stack((angle.cos(), shear_x - angle.sin(), shear_x + shift_x), dim=1)
         maps[i, :, 1] = torch.stack((angle.sin() + shear_y, angle.cos(), shear_y + shift_y), dim=1)
     top, left, height, width = draws.crop.T / S
@@ -384,8 +390,8 @@ def undo(draws, S):
 def axis_weights(maps, axis, crop, S, size):
     """Weights (B, size, S) of the stored pixels along one axis (0: x, 1: y) for each output pixel.
 
-    maps (3, B, 3): that axis' row of `undo`. Keys' cubic, a = -1/2, widened where the image shrinks, cut at the crop;
-    all 0 where an operation brings in what is outside the image.
+    maps (3, B, 3): that axis' row of `undo`. Keys' cubic, a = -1/2, widened where the image shrinks, cut at
+    the crop; all 0 where an operation brings in what is outside the image.
     """
     point = (torch.arange(size, device=crop.device) + 0.5) * (2 / size) - 1
     second, first, source = maps[:, :, axis, None] * point + maps[:, :, 2, None]  # (B, size) each, -1 to 1
@@ -400,7 +406,7 @@ def axis_weights(maps, axis, crop, S, size):
 
 
 def recolour(x, operation, level, sign):
-    """A colour operation: x float (b, 3, H, W) of whole numbers 0 .. 255, level and sign (b, 1, 1, 1) -> the same."""
+    """A colour operation on x, float (b, 3, H, W) of whole numbers 0 .. 255; level, sign: (b, 1, 1, 1)."""
     if operation == "AutoContrast":
         return TF.autocontrast(x.byte()).float()
     if operation == "Equalize":

@@ -1,16 +1,16 @@
-"""Locality guidance: the loss that lets a small CNN guide a transformer, and the schedules that say for how long.
+"""Locality guidance: the loss by which a small CNN guides a transformer, and schedules of how long it does.
 
-    L = L_cls + beta * L_guidance                                  (Li et al., ECCV 2022, arXiv 2207.10026)
+    L = L_cls + beta * L_guidance                                    (Li et al., ECCV 2022, arXiv 2207.10026)
     L_guidance = sum_i 1 / (H_i W_i) * || F_vt^i - F_cnn^i ||_F^2
 
-F_vt^i is the student's feature map of guided layer i after a learned 1x1 convolution to the teacher's C_i channels, F_cnn^i
-the frozen teacher's, both (B, C_i, H_i, W_i) after a bilinear resize to the larger of the two grids; the batch is averaged.
-beta falls to 0 early in training; from then on neither the teacher nor this module is called.
+F_vt^i is the student's feature map of guided layer i, taken to the teacher's C_i channels by a learned 1x1
+convolution; F_cnn^i is the frozen teacher's. Both are (B, C_i, H_i, W_i), resized bilinearly to the larger of
+the two grids, and the batch is averaged. beta falls to 0 early in training; from then on neither the
+teacher nor this module is called.
 """
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -19,39 +19,39 @@ class Guidance(nn.Module):
     """The projections and the loss, for the feature maps of any two networks.
 
     Args:
-        student_channels, teacher_channels: channels of each guided feature map, in the order they are passed.
-        reduction: "sum" adds the squared differences over channels, as the formula above. "mean" averages them, as the
-            public code of the paper does; so per layer sum = C_i * mean. beta = 2.5 was tuned with the mean: with the sum the
-            same beta guides 16 to 64 times harder and favours the deep layers. Hence "mean" is the default.
+        student_channels, teacher_channels: channels of the guided feature maps, in the order they will come.
+        reduction: over channels. "sum" is the formula above. "mean" is what the paper's public code computes,
+            so that in each layer sum = C_i * mean. beta = 2.5 was tuned with the mean; with the sum the same
+            beta guides 16 to 64 times harder and favours the deep layers. So "mean" is the default.
     """
 
     def __init__(self, student_channels, teacher_channels, reduction="mean"):
         super().__init__()
-        if len(student_channels) != len(teacher_channels) or not len(student_channels):
-            raise ValueError(f"student has {len(student_channels)} guided feature maps, teacher {len(teacher_channels)}: "
-                             "choose as many guided blocks as the teacher has stages")
+        if len(student_channels) != len(teacher_channels) or not student_channels:
+            raise ValueError(f"the student has {len(student_channels)} guided feature maps, the teacher "
+                             f"{len(teacher_channels)}: guide as many blocks as the teacher has stages")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         self.reduction = reduction
-        pairs = zip(student_channels, teacher_channels)
-        self.projections = nn.ModuleList(nn.Conv2d(c_student, c_teacher, kernel_size=1) for c_student, c_teacher in pairs)
+        channels = zip(student_channels, teacher_channels)
+        self.projections = nn.ModuleList(nn.Conv2d(student, teacher, 1) for student, teacher in channels)
 
     def forward(self, student_features, teacher_features):
-        """Lists of (B, C, H, W) maps -> the scalar L_guidance, in float32 whatever the precision of the maps."""
+        """Lists of (B, C, H, W) maps -> the scalar L_guidance, in float32 whatever their precision."""
         if not len(student_features) == len(teacher_features) == len(self.projections):
             raise ValueError(f"expected {len(self.projections)} feature maps from each network, got "
-                             f"{len(student_features)} from the student and {len(teacher_features)} from the teacher")
+                             f"{len(student_features)} (student) and {len(teacher_features)} (teacher)")
         loss = 0.0
         for project, student, teacher in zip(self.projections, student_features, teacher_features):
-            student = project(student).float()  # (B, D, h, w) -> (B, C_i, h, w); commutes with the resize, and is cheaper first
-            teacher = teacher.float()
+            # (B, D, h, w) -> (B, C_i, h, w): a 1x1 convolution and a resize commute, this order is cheaper
+            student, teacher = project(student).float(), teacher.float()
             if student.shape[:2] != teacher.shape[:2]:
-                raise ValueError(f"projected student map {tuple(student.shape)} and teacher map {tuple(teacher.shape)} "
-                                 "differ in batch or channels")
-            size = [max(pair) for pair in zip(student.shape[2:], teacher.shape[2:])]  # (H_i, W_i)
-            student = F.interpolate(student, size, mode="bilinear")
-            teacher = F.interpolate(teacher, size, mode="bilinear")
-            squared = (student - teacher).square()  # (B, C_i, H_i, W_i)
+                raise ValueError(f"the projected student map {tuple(student.shape)} and the teacher map "
+                                 f"{tuple(teacher.shape)} differ in batch or channels")
+            (h, w), (H, W) = student.shape[2:], teacher.shape[2:]
+            student = F.interpolate(student, (max(h, H), max(w, W)), mode="bilinear")  # (B, C_i, H_i, W_i)
+            teacher = F.interpolate(teacher, (max(h, H), max(w, W)), mode="bilinear")
+            squared = (student - teacher).square()
             loss = loss + (squared.mean() if self.reduction == "mean" else squared.sum(dim=1).mean())
         return loss
 
@@ -60,15 +60,15 @@ def beta_at(schedule, epoch, epochs, beta=2.5, guide_epochs=None):
     """Weight of the guidance loss in an epoch.
 
     Args:
-        schedule: "none" (0), "constant" (beta), "early" (beta * (1 - epoch / guide_epochs), never below 0) or
-            "adaptive" (beta; `AdaptiveStop` decides when guidance ends).
-        epoch, epochs: the epoch, counted from 0, of how many.
+        schedule: "none": 0. "constant": beta. "early": beta * (1 - epoch / guide_epochs), not below 0.
+            "adaptive": beta; `AdaptiveStop` decides when guidance ends.
+        epoch, epochs: which epoch, counted from 0, of how many.
         beta: the weight at the start.
-        guide_epochs: the first epoch without guidance. Default: a third of `epochs` for "early" (100 of 300 in the research
-            summary), all of them otherwise.
+        guide_epochs: first epoch without guidance. Default: a third of the epochs for "early" (100 of 300 in
+            the research summary), all of them otherwise.
 
     Raises:
-        ValueError: an unknown schedule, an epoch outside the run, a negative or non-finite beta, guide_epochs below 1.
+        ValueError: unknown schedule, epoch outside the run, negative or infinite beta, guide_epochs below 1.
     """
     if schedule not in ("none", "constant", "early", "adaptive"):
         raise ValueError(f"unknown schedule {schedule!r}: choose none, constant, early or adaptive")
@@ -79,21 +79,21 @@ def beta_at(schedule, epoch, epochs, beta=2.5, guide_epochs=None):
     if guide_epochs is None:
         guide_epochs = max(1, round(epochs / 3)) if schedule == "early" else epochs
     if guide_epochs < 1:
-        raise ValueError(f"guide_epochs must be at least 1, got {guide_epochs}; for no guidance choose schedule none")
+        raise ValueError(f"guide_epochs must be at least 1, got {guide_epochs}; or choose schedule none")
     if schedule == "none" or epoch >= guide_epochs:
         return 0.0
     return beta * (1 - epoch / guide_epochs) if schedule == "early" else float(beta)
 
 
 class AdaptiveStop:
-    """The rule of Adaptive Locality Guidance (IEEE TNNLS 2025, doi 10.1109/TNNLS.2024.3515076) that ends guidance.
+    """When to end guidance, by Adaptive Locality Guidance (IEEE TNNLS 2025, doi 10.1109/TNNLS.2024.3515076).
 
-    L(e) is the epoch mean of the unweighted guidance loss in its mean form, e = 1, 2, ...; W the window. Its slope
+    L(e) is the mean guidance loss of epoch e = 1, 2, ... (mean form, without beta), W the window. The slope
 
-        d(1) = 0,    d(e) = (L(e) - mean(L(1..e-1))) / e  for e <= W,    d(e) = (L(e) - L(e-W)) / W  for e > W
+        d(1) = 0;   d(e) = (L(e) - mean(L(1 .. e-1))) / e  for e <= W;   d(e) = (L(e) - L(e-W)) / W  for e > W
 
-    is averaged over the last W epochs (over all of them while e <= W) to D(e). Guidance goes on while D(e) < threshold.
-    The rule depends on the scale of the loss: it belongs to the mean form. `history` is all its state.
+    is averaged to D(e) over the last W epochs, or all of them while e <= W; guidance goes on while D(e) <
+    threshold. The rule depends on the loss's scale and belongs to the mean form. `history` is all its state.
     """
 
     def __init__(self, window=50, threshold=-0.02):
@@ -103,12 +103,12 @@ class AdaptiveStop:
         self.history = []
 
     def update(self, epoch_loss):
-        """Takes L(e) of the epoch that just ended; True while guidance goes on. No decision is taken at e = 1."""
+        """Takes L(e) of the epoch just ended; True while guidance goes on. There is no decision at e = 1."""
         if not math.isfinite(epoch_loss):
             raise ValueError(f"the guidance loss of epoch {len(self.history) + 1} is {epoch_loss}")
         self.history.append(float(epoch_loss))
-        L, W, e = self.history, self.window, len(self.history)
-        slopes = [0.0]
-        for i in range(2, e + 1):  # L[i - 1] is L(i)
-            slopes.append((L[i - 1] - sum(L[: i - 1]) / (i - 1)) / i if i <= W else (L[i - 1] - L[i - 1 - W]) / W)
-        return e == 1 or sum(slopes[-W:]) / min(e, W) < self.threshold
+        L, W, e = self.history, self.window, len(self.history)  # L[i - 1] is L(i)
+        d = [0.0]
+        for i in range(2, e + 1):
+            d.append((L[i - 1] - L[i - 1 - W]) / W if i > W else (L[i - 1] - sum(L[: i - 1]) / (i - 1)) / i)
+        return e == 1 or sum(d[-W:]) / min(e, W) < self.threshold

@@ -1,13 +1,13 @@
 """DeiT-tiny, the student: a plain Vision Transformer that also returns the feature maps guidance compares.
 
-    images (B, 3, S, S) -> patches (B, N, D) -> [cls; patches] + pos_embed -> depth x Block -> norm -> head(cls)
+    images (B, 3, S, S) -> patches (B, N, D) -> [cls; patches] + pos_embed -> blocks -> norm -> head(cls)
 
-N = (S / patch_size)^2 patches, D = width. One block is the pre-norm transformer of "An Image is Worth 16x16 Words"
-(Dosovitskiy et al., ICLR 2021); sizes and initialisation are those of DeiT (Touvron et al., ICML 2021):
+N = (S / patch_size)^2, D = width. A block is the pre-norm one of "An Image is Worth 16x16 Words" (Dosovitskiy
+et al., ICLR 2021); sizes and initialisation are those of DeiT (Touvron et al., ICML 2021):
 
     x = x + attn(norm1(x));  x = x + mlp(norm2(x))
 
-Parameters are named as in timm's `deit_tiny_patch16_224`, so weights move between the two libraries unchanged.
+Parameters are named as in timm's `deit_tiny_patch16_224`: weights move between the two libraries unchanged.
 """
 
 from collections import OrderedDict
@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block, (B, N, D) -> (B, N, D); `drop_path` is the chance to skip each branch, per image."""
+    """A pre-norm block, (B, N, D) -> (B, N, D); an image skips a branch with chance `drop_path`."""
 
     def __init__(self, width, heads, drop_path):
         super().__init__()
@@ -57,7 +57,7 @@ class VisionTransformer(nn.Module):
 
     Args:
         num_classes: outputs of the head.
-        image_size, patch_size: side of the square input and of one patch, in pixels; the second divides the first.
+        image_size, patch_size: side of the square input and of a patch, in pixels; a patch divides the image.
         width, depth, heads: token dimension D, number of blocks, attention heads (they divide D).
         guided_blocks: the blocks (from 0) whose raw output is returned as a feature map, in increasing order.
         drop_path: stochastic depth of the last block; it rises linearly from 0 at the first one.
@@ -69,8 +69,8 @@ class VisionTransformer(nn.Module):
     def __init__(self, num_classes, image_size=224, patch_size=16, width=192, depth=12, heads=3,
                  guided_blocks=(0, 6, 11), drop_path=0.1):
         super().__init__()
-        for name, value in dict(num_classes=num_classes, image_size=image_size, patch_size=patch_size, width=width,
-                                depth=depth, heads=heads).items():
+        for name, value in (("num_classes", num_classes), ("image_size", image_size), ("width", width),
+                            ("patch_size", patch_size), ("depth", depth), ("heads", heads)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if image_size % patch_size:
@@ -78,7 +78,7 @@ class VisionTransformer(nn.Module):
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of the number of heads {heads}")
         if list(guided_blocks) != sorted(set(guided_blocks) & set(range(depth))):
-            raise ValueError(f"guided blocks {tuple(guided_blocks)} must be increasing numbers from 0 to {depth - 1}")
+            raise ValueError(f"guided blocks {tuple(guided_blocks)} must increase, from 0 to {depth - 1}")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
         self.image_size, self.grid = image_size, image_size // patch_size
@@ -98,10 +98,10 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.head.weight)  # the first prediction is uniform: cross-entropy starts at log(num_classes)
+        nn.init.zeros_(self.head.weight)  # so that the first prediction is uniform
 
     def forward(self, images):
-        """images (B, 3, S, S) -> logits (B, num_classes), features [(B, D, grid, grid)] * len(guided_blocks)."""
+        """images (B, 3, S, S) -> logits (B, num_classes), features: a (B, D, grid, grid) per guided block."""
         B, size = len(images), self.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"expected images of shape (B, 3, {size}, {size}), got {tuple(images.shape)}")
@@ -110,7 +110,7 @@ class VisionTransformer(nn.Module):
         features = []
         for i, block in enumerate(self.blocks):
             x = block(x)
-            if i in self.guided_blocks:  # without the cls token, laid out as an image: (B, N, D) -> (B, D, grid, grid)
+            if i in self.guided_blocks:  # without cls, as an image: (B, N, D) -> (B, D, grid, grid)
                 features.append(x[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid)))
         return self.head(self.norm(x)[:, 0]), features
 

@@ -1,10 +1,10 @@
-"""ResNets: the small CNN that guides (ResNet-56 on 32 px images) and the CNN to compare with (ResNet-18 at 224 px).
+"""ResNets: the small CNN that guides (ResNet-56 at 32 px) and the CNN to compare with (ResNet-18 at 224 px).
 
-Both are the residual network of "Deep Residual Learning for Image Recognition" (He et al., CVPR 2016) with basic blocks:
+Both are networks of "Deep Residual Learning for Image Recognition" (He et al., CVPR 2016), of basic blocks
 
     y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))
 
-and differ in the stem and the stages only. Parameters are named as in torchvision's `resnet18`, which ours equals.
+that differ in the stem and the stages only. Parameters are named as torchvision names them.
 """
 
 from torch import nn
@@ -21,7 +21,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = None
-        if stride != 1 or in_channels != channels:  # a 1x1 projection, for ResNet-56 too, as the LG code has it
+        if stride != 1 or in_channels != channels:  # by projection, in ResNet-56 too, as the LG code has it
             self.downsample = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False),
                                             nn.BatchNorm2d(channels))
 
@@ -38,7 +38,7 @@ class ResNet(nn.Module):
         num_classes: outputs of the classifier `fc`.
         blocks: basic blocks in each stage; every stage but the first halves height and width.
         channels: channels C_i of each stage.
-        small: the stem for 32 px images (one 3x3 convolution) instead of ImageNet's (7x7, stride 2, and max-pooling).
+        small: the stem for 32 px (a 3x3 convolution), not ImageNet's (7x7 with stride 2, then max-pooling).
     """
 
     def __init__(self, num_classes, blocks, channels, small):
@@ -65,7 +65,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images):
-        """images (B, 3, H, W) -> logits (B, num_classes), features [(B, C_i, H_i, W_i)], each after its last ReLU."""
+        """images (B, 3, H, W) -> logits (B, num_classes), features: a (B, C_i, H_i, W_i) per stage."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))

@@ -1,30 +1,30 @@
 """Trains one row of the table: DeiT-tiny alone or guided by a ResNet-56, or a ResNet.
 
     python train.py                                        generated images, early guidance; minutes on a CPU
-    python train.py --dataset cifar100 --schedule early    the method: the teacher, if none is there yet, then DeiT-tiny
+    python train.py --dataset cifar100 --schedule early    the method: teacher, then DeiT-tiny
 
     L = L_cls + beta * L_guidance      beta (`beta_at`) falls to 0; from then on the teacher is never called
 
-`train_epoch` is the training step; `run` is what happens around it, from the data to the summary line. A run's
-folder holds log.jsonl (a line on where the run comes from, then a line per epoch) and last.pt, its last whole epoch.
+`train_epoch` is the training step, `run` what happens around it, from the data to the summary line. A run's
+folder holds log.jsonl (a line on where the run comes from, then one per epoch) and last.pt, the last epoch.
 """
 
 import argparse
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
 
-from data import CLASSES, Data, InputError, augment, load, prepare
+from data import CLASSES, Data, InputError, augment, load, prepare, write_whole
 from guidance import AdaptiveStop, Guidance, beta_at
 from model import deit_mini, deit_tiny
 from teacher import resnet8, resnet18, resnet20, resnet56
@@ -34,13 +34,13 @@ CNNS = {"resnet56": resnet56, "resnet20": resnet20, "resnet8": resnet8, "resnet1
 TEACHER_SIZE = 32  # pixels: what the small CNNs are trained on, and guide from
 
 # Defaults by kind of model and data: on every real data set exactly the recipe of the LG code.
-VIT = dict(model="deit_tiny", teacher="resnet56", epochs=300, batch_size=128, lr=5e-4, image_size=224, patch_size=16,
-           augment="strong")
+VIT = dict(model="deit_tiny", teacher="resnet56", epochs=300, batch_size=128, lr=5e-4, image_size=224,
+           patch_size=16, augment="strong")
 CNN = dict(epochs=300, batch_size=128, lr=0.1, image_size=TEACHER_SIZE, augment="strong")
-GLYPHS_VIT = dict(model="deit_mini", teacher="resnet8", epochs=26, batch_size=32, lr=3e-3, image_size=64, patch_size=16,
-                  augment="weak")
+GLYPHS_VIT = dict(model="deit_mini", teacher="resnet8", epochs=26, batch_size=32, lr=3e-3, image_size=64,
+                  patch_size=16, augment="weak")
 GLYPHS_CNN = dict(epochs=5, batch_size=64, lr=0.1, image_size=TEACHER_SIZE, augment="weak")
-SMALLER = "python train.py --dataset cifar100 --classes 20 --model deit_mini --image-size 32 --patch-size 4 --epochs 30"
+SMALLER = "--dataset cifar100 --classes 20 --model deit_mini --image-size 32 --patch-size 4 --epochs 20"
 
 
 def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generator, precision, progress):
@@ -54,7 +54,7 @@ def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generat
     student.train()
     order = torch.randperm(len(data.x_train), generator=generator).to(data.x_train.device)
     steps = len(order) // args.batch_size  # the last partial batch is dropped
-    sums = torch.zeros(3, device=order.device)  # stays on the device: the host waits for it only when it reads it
+    sums = torch.zeros(3, device=order.device)  # on the device: the host waits only where it reads them
     for step in range(steps):
         batch = order[step * args.batch_size : (step + 1) * args.batch_size]
         images = augment(data.x_train[batch], args.image_size, generator, args.augment)  # (B, 3, S, S)
@@ -64,9 +64,9 @@ def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generat
             loss_cls = F.cross_entropy(logits, labels)
             loss_guidance, loss = torch.zeros_like(loss_cls), loss_cls
             if beta > 0:
-                with torch.no_grad():  # the teacher sees the same images, shrunk without antialiasing as in the LG code
+                with torch.no_grad():  # the same images, shrunk without antialiasing as in the LG code
                     _, targets = teacher(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))
-                loss_guidance = guidance(features, targets)  # with (B, 16, 32, 32) (B, 32, 16, 16) (B, 64, 8, 8)
+                loss_guidance = guidance(features, targets)  # (B, 16, 32, 32) (B, 32, 16, 16) (B, 64, 8, 8)
                 loss = loss_cls + beta * loss_guidance
         optimizer.zero_grad()
         loss.backward()
@@ -81,7 +81,7 @@ def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generat
 
 @torch.no_grad()
 def evaluate(model, data, image_size, precision, as_teacher=False):
-    """Accuracy in % on the test images prepared at image_size; `as_teacher`: on what the teacher sees of those."""
+    """Accuracy in % on the test images prepared at image_size, or `as_teacher` sees them while it guides."""
     model.eval()
     correct = torch.zeros((), device=data.x_test.device)
     for images, labels in zip(data.x_test.split(250), data.y_test.split(250)):
@@ -95,8 +95,8 @@ def evaluate(model, data, image_size, precision, as_teacher=False):
 
 
 def lr_at(epoch, epochs, peak, transformer):
-    """Learning rate in an epoch, counted from 0. A CNN: cosine from peak to 0. A transformer: cosine from peak to
-    peak / 100, times a linear warm-up from 1 / 1000 to 1 over the first fifteenth (20 of 300 epochs)."""
+    """Learning rate in an epoch, counted from 0. CNN: cosine from peak to 0. Transformer: cosine from peak
+    to peak / 100, times a linear warm-up from 1 / 1000 to 1 over the first fifteenth (20 of 300 epochs)."""
     cosine = 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     if not transformer:
         return peak * cosine
@@ -132,21 +132,18 @@ def load_checkpoint(path):
         raise InputError(f"there is no checkpoint {path}: check the name, or train it first")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file, a foreign pickle, no torch file at all: torch raises many things
-        raise InputError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]}); train it again") from error
+    except Exception as error:  # damaged, a foreign pickle, no torch file at all: torch raises many things
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} is damaged or no checkpoint ({reason}); train it again") from error
     if not isinstance(state, dict) or not {"args", "num_classes", "model", "history"} <= state.keys():
         raise InputError(f"{path} was not written by train.py; choose the last.pt of a run")
     return state
 
 
-def write(path, content):
-    """Writes text, or a checkpoint (a dict), beside `path` first: killed here, a run keeps the file it had."""
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(content) if isinstance(content, str) else torch.save(content, partial)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot write {path} ({error}); free some space and continue with --resume") from error
+def write_log(path, lines):
+    """Writes dictionaries as JSON lines."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def ready_teacher(args, data, device, precision):
@@ -154,13 +151,14 @@ def ready_teacher(args, data, device, precision):
     Its accuracy is measured on the very tensors it will guide with."""
     path = Path(args.teacher)
     if args.teacher in CNNS:
-        same = [f"--{key}={value}" for key, value in (("classes", args.classes), ("device", args.device)) if value]
-        theirs = parse(["--dataset", args.dataset, "--data", args.data, "--model", args.teacher, "--seed",
-                        str(args.seed), *same])
+        theirs = parse([f"--dataset={args.dataset}", f"--data={args.data}", f"--model={args.teacher}",
+                        f"--seed={args.seed}", f"--device={args.device}"]
+                       + ([f"--classes={args.classes}"] if args.classes else []))
         path = Path(theirs.out) / "last.pt"
-        theirs.resume, theirs.amp, theirs.compile = path.with_name("log.jsonl").exists(), args.amp, args.compile
+        theirs.amp, theirs.compile = args.amp, args.compile
+        theirs.resume = path.with_name("log.jsonl").exists()
         if not path.exists() or len(load_checkpoint(path)["history"]) < theirs.epochs:
-            print(f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs first")
+            print(f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs")
             run(theirs)
             print()
     state = load_checkpoint(path)
@@ -168,15 +166,15 @@ def ready_teacher(args, data, device, precision):
                               ("number of classes", data.num_classes, state["num_classes"]),
                               ("image size", TEACHER_SIZE, state["args"]["image_size"])):
         if is_now != was:
-            raise InputError(f"the teacher {path} has another {what}: {was}, not {is_now}; choose another --teacher")
+            raise InputError(f"the teacher {path} has another {what}: {was}, not {is_now}; choose another")
     teacher = build(state["args"]["model"], data.num_classes, TEACHER_SIZE, state["args"]["patch_size"])
     teacher.load_state_dict(state["model"])
     teacher.to(device).requires_grad_(False)
     accuracy = evaluate(teacher, data, args.image_size, precision, as_teacher=True)  # leaves it in eval mode
     if accuracy < 150 / data.num_classes:
-        raise InputError(f"the teacher {path} is at chance ({accuracy:.1f} %): train it longer, or choose another")
-    print(f"teacher: {state['args']['model']} of {path}, trained for {len(state['history'])} epochs; as it will see "
-          f"them, it classifies {accuracy:.2f} % of the test images right")
+        raise InputError(f"the teacher {path} is at chance ({accuracy:.1f} %); train it longer, or another")
+    print(f"teacher: {state['args']['model']} of {path}, trained for {len(state['history'])} epochs; it gets "
+          f"{accuracy:.2f} % of the test images right, as it sees them while it guides")
     return teacher
 
 
@@ -194,44 +192,38 @@ def in_words(schedule, epochs, beta, guide_epochs):
 
 def provenance(args, device):
     """Where a run comes from: the first line of its log."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     return dict(command=" ".join(["python", *sys.argv]), args=vars(args), seed=args.seed, device=str(device),
                 hardware=hardware, threads=torch.get_num_threads(), python=platform.python_version(),
                 torch=str(torch.__version__), torchvision=str(torchvision.__version__),
-                git_commit=git.stdout.strip() or None, started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-
-
-def duration(seconds):
-    """90 -> '1 min 30 s', 9000 -> '2 h 30 min', 200000 -> '2 days 7 h'."""
-    for size, unit, part_size, part in ((86400, "days", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit} {seconds % size // part_size:.0f} {part}"
-    return f"{seconds:.0f} s"
+                git_commit=git.stdout.decode().strip() or None,
+                started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
 
 
 class Progress:
-    """What an epoch shows while it runs; stops the run on a loss that is not finite, before it reaches a file."""
+    """What an epoch shows while it runs; it stops the run on a loss that is not finite."""
 
     def __init__(self, args, epoch, beta, lr):
         self.args, self.epoch, self.beta, self.lr, self.started = args, epoch, beta, lr, time.perf_counter()
 
     def show(self, step, steps, means):
-        """After `step` steps, with the means so far of cross-entropy, guidance loss and accuracy (a tensor)."""
+        """After `step` steps; `means` so far: a tensor of cross-entropy, guidance loss and accuracy."""
         loss_cls, loss_guidance, accuracy = means.tolist()
         if not math.isfinite(loss_cls + loss_guidance):
-            raise InputError(f"the loss is not finite by step {step} of epoch {self.epoch}: loss_cls {loss_cls}, "
-                             f"loss_guidance {loss_guidance}, beta {self.beta:.3f}, lr {self.lr:.2e}; last.pt keeps the "
-                             "epoch before; choose a lower --lr, or --no-amp")
+            raise InputError(f"the loss is not finite by step {step} of epoch {self.epoch}: "
+                             f"loss_cls {loss_cls}, loss_guidance {loss_guidance}, beta {self.beta:.3f}, lr "
+                             f"{self.lr:.2e}; last.pt keeps the epoch before; choose a lower --lr or --no-amp")
         seconds = time.perf_counter() - self.started
         if self.epoch == 0 and step == min(11, steps):
             total = seconds / step * steps * self.args.epochs
-            print(f"expected time: {duration(total)}, less where guidance ends early")
+            print(f"expected time: {timedelta(seconds=round(total))}, less where guidance ends early")
             if total > 3 * 3600:
-                print(f"  That is long. A smaller run of the same method:\n  {SMALLER}")
+                print(f"  That is long. A smaller run of the same method: python train.py {SMALLER}")
         if sys.stdout.isatty():
-            print(f"\repoch {self.epoch}, step {step} of {steps}: loss_cls {loss_cls:.3f}, train {100 * accuracy:.1f} %, "
-                  f"{step * self.args.batch_size / seconds:.0f} images/s ", end="\r", flush=True)
+            speed = step * self.args.batch_size / seconds
+            print(f"epoch {self.epoch}, step {step} of {steps}: loss_cls {loss_cls:.3f}, "
+                  f"train {100 * accuracy:.1f} %, {speed:.0f} images/s", end="  \r", flush=True)
 
 
 def pick_device(name):
@@ -242,7 +234,8 @@ def pick_device(name):
     try:
         return torch.zeros(1, device=name).device, "as asked"
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]}); leave it out") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} does not work here ({reason}); leave it out") from error
 
 
 def run(args):
@@ -251,20 +244,20 @@ def run(args):
     if args.resume and not log.exists():
         raise InputError(f"there is nothing to resume in {out}: check --out, or leave --resume out")
     if last.exists() and not args.resume:
-        raise InputError(f"{out} holds a run of {len(load_checkpoint(last)['history'])} epochs already: continue it with "
-                         "--resume, or choose another --out")
+        done = len(load_checkpoint(last)["history"])
+        raise InputError(f"{out} holds a run of {done} epochs already: continue it with --resume, or choose "
+                         "another --out")
     device, device_reason = pick_device(args.device)
-    amp, amp_reason = (args.amp, "as asked") if args.amp is not None else (device.type == "cuda", "the default there")
+    amp = device.type == "cuda" if args.amp is None else args.amp
     precision = torch.autocast(device.type, torch.bfloat16) if amp else nullcontext()
     *arrays, num_classes = load(args.dataset, args.data, args.classes)
     data = Data(*(array.to(device) for array in arrays), num_classes)
     steps = len(data.x_train) // args.batch_size
     if not steps:
-        raise InputError(f"{len(data.x_train)} training images do not fill one batch; choose a smaller --batch-size")
+        raise InputError(f"{len(data.x_train)} images do not fill one batch; choose a smaller --batch-size")
     origin = provenance(args, device)
     if not log.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write(log, json.dumps(origin) + "\n")
+        write_log(log, [origin])
 
     guided = args.schedule != "none" and args.beta > 0
     teacher = ready_teacher(args, data, device, precision) if guided else None
@@ -277,7 +270,7 @@ def run(args):
     if last.exists():
         state = load_checkpoint(last)
         other = [f"--{key.replace('_', '-')} {value}" for key, value in state["args"].items()
-                 if value != getattr(args, key) and key not in ("resume", "out", "data", "device", "evaluate")]
+                 if value != getattr(args, key) and key not in ("resume", "out", "data", "device")]
         if other:
             raise InputError(f"{last} was made with other options: continue it with {' '.join(other)}")
         model.load_state_dict(state["model"])
@@ -288,14 +281,17 @@ def run(args):
         torch.set_rng_state(state["rng"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], device)
-        origin, history, guiding, adaptive.history = (state[k] for k in ("origin", "history", "guiding", "adaptive"))
+        origin, history = state["origin"], state["history"]
+        guiding, adaptive.history = state["guiding"], state["adaptive"]
         print(f"resumed after epoch {len(history) - 1}")
 
-    print(f"data: {args.dataset}, {len(data.x_train)} + {len(data.x_test)} images of {data.x_train.shape[-1]} px, "
-          f"{num_classes} classes\n"
-          f"model: {args.model} at {args.image_size} px, {sum(p.numel() for p in model.parameters()):,} parameters\n"
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"data: {args.dataset}, {len(data.x_train)} training and {len(data.x_test)} test images of "
+          f"{data.x_train.shape[-1]} px, {num_classes} classes\n"
+          f"model: {args.model} at {args.image_size} px, {parameters:,} parameters\n"
           f"training: {args.epochs} epochs of {steps} steps of {args.batch_size} images\n"
-          f"device: {device} ({device_reason}); {'bfloat16 autocast' if amp else 'float32'} ({amp_reason})\n"
+          f"device: {device} ({device_reason}); {'bfloat16 autocast' if amp else 'float32'} "
+          f"({'the default on this device' if args.amp is None else 'as asked'})\n"
           f"guidance: {in_words(args.schedule, args.epochs, args.beta, args.guide_epochs)}\n"
           f"log and checkpoint: {out}", flush=True)
     student = torch.compile(model) if args.compile else model
@@ -305,30 +301,33 @@ def run(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         progress = Progress(args, epoch, beta, lr)
-        loss_cls, loss_guidance, train_acc = train_epoch(student, teacher, guidance, optimizer, data, beta, args,
-                                                         generator, precision, progress)
+        loss_cls, loss_guidance, train_acc = train_epoch(
+            student, teacher, guidance, optimizer, data, beta, args, generator, precision, progress)
         speed = steps * args.batch_size / (time.perf_counter() - progress.started)
         val_acc = evaluate(model, data, args.image_size, precision)
         if args.schedule == "adaptive" and guiding:
             guiding = adaptive.update(loss_guidance)
         seconds = time.perf_counter() - progress.started
-        history.append(dict(epoch=epoch, beta=beta, loss_cls=loss_cls, loss_guidance=loss_guidance if beta else None,
-                            train_acc=train_acc, val_acc=val_acc, lr=lr, seconds=seconds, images_per_second=speed))
-        write(last, dict(model=model.state_dict(), projections=guidance.state_dict() if guided else None,
-                         optimizer=optimizer.state_dict(), generator=generator.get_state(), rng=torch.get_rng_state(),
-                         cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-                         guiding=guiding, adaptive=adaptive.history, history=history, origin=origin,
-                         num_classes=num_classes, args=vars(args)))
-        write(log, "".join(json.dumps(line) + "\n" for line in (origin, *history)))
+        history.append(dict(
+            epoch=epoch, beta=beta, loss_cls=loss_cls, loss_guidance=loss_guidance if beta else None, lr=lr,
+            train_acc=train_acc, val_acc=val_acc, seconds=seconds, images_per_second=speed))
+        state = dict(
+            model=model.state_dict(), projections=guidance.state_dict() if guided else None,
+            optimizer=optimizer.state_dict(), generator=generator.get_state(), rng=torch.get_rng_state(),
+            cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None, guiding=guiding,
+            adaptive=adaptive.history, history=history, origin=origin, num_classes=num_classes,
+            args=vars(args))
+        write_whole(last, lambda file, state=state: torch.save(state, file))
+        write_log(log, [origin, *history])
         guidance_now = f"{loss_guidance:.3f}" if beta else "-"
         print(f"epoch {epoch:3d}  beta {beta:.3f}  loss_cls {loss_cls:.3f}  loss_guidance {guidance_now:>6}  "
               f"train {train_acc:5.1f} %  val {val_acc:5.1f} %  {speed:.0f} images/s  "
-              f"{duration(seconds * (args.epochs - 1 - epoch))} left", flush=True)
+              f"{timedelta(seconds=round(seconds * (args.epochs - 1 - epoch)))} left", flush=True)
 
     best = max(history, key=lambda line: line["val_acc"])
     print(f"result: {args.model} on {args.dataset}, schedule {args.schedule}, seed {args.seed}: val_acc "
-          f"{history[-1]['val_acc']:.2f} % after the last epoch (best {best['val_acc']:.2f} %, epoch {best['epoch']}), "
-          f"{duration(sum(line['seconds'] for line in history))}")
+          f"{history[-1]['val_acc']:.2f} % after the last epoch (best {best['val_acc']:.2f} %, epoch "
+          f"{best['epoch']}), {timedelta(seconds=round(sum(line['seconds'] for line in history)))}")
 
 
 def evaluate_file(args):
@@ -341,7 +340,8 @@ def evaluate_file(args):
     precision = torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
     data = Data(*(array.to(device) for array in arrays), num_classes)
     accuracy = evaluate(model, data, theirs.image_size, precision)
-    print(f"{args.evaluate}: {theirs.model}, {len(state['history'])} epochs on {theirs.dataset}, val_acc {accuracy:.2f} %")
+    print(f"{args.evaluate}: {theirs.model}, {len(state['history'])} epochs on {theirs.dataset}, val_acc "
+          f"{accuracy:.2f} %")
 
 
 def parse(argv=None):
@@ -352,9 +352,9 @@ def parse(argv=None):
     add("--data", default="data", metavar="DIR", help="where data sets and their caches are (default: data)")
     add("--classes", type=int, metavar="K", help="use the first K classes only, for a quick run")
     add("--model", choices=[*TRANSFORMERS, *CNNS], help="default: deit_tiny (glyphs: deit_mini)")
-    add("--schedule", choices=["none", "constant", "early", "adaptive"], default="early", help="of beta; no effect on a CNN")
+    add("--schedule", choices=["none", "constant", "early", "adaptive"], default="early", help="of beta")
     add("--beta", type=float, default=2.5, help="weight of the guidance loss at the start (default: 2.5)")
-    add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (default for early: a third)")
+    add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (early: a third)")
     add("--teacher", metavar="FILE", help="last.pt of a small CNN (default: the run in its default folder)")
     add("--epochs", type=int)
     add("--batch-size", type=int)
@@ -366,7 +366,7 @@ def parse(argv=None):
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     add("--amp", action=on_off, help="bfloat16 autocast (default: on a CUDA GPU)")
     add("--compile", action=on_off, default=False, help="torch.compile (default: off)")
-    add("--out", metavar="DIR", help="the run's folder (default: runs/<dataset>-<model>-<schedule>-seed<seed>)")
+    add("--out", metavar="DIR", help="its folder (default: runs/<dataset>-<model>-<schedule>-seed<seed>)")
     add("--resume", action="store_true", help="continue after the last whole epoch")
     add("--evaluate", metavar="FILE", help="only print the accuracy of this checkpoint")
     args = parser.parse_args(argv)
@@ -389,8 +389,9 @@ def parse(argv=None):
     except ValueError as error:
         parser.error(str(error))
     if args.out is None:
-        parts = [args.dataset + (f"-{args.classes}classes" if args.classes else ""), args.model, args.schedule, f"seed{args.seed}"]
-        args.out = "runs/" + "-".join(part for part in parts if part != "none" or args.model in TRANSFORMERS)
+        few = [f"{args.classes}classes"] if args.classes else []
+        schedule = [args.schedule] if args.model in TRANSFORMERS else []
+        args.out = "runs/" + "-".join([args.dataset, *few, args.model, *schedule, f"seed{args.seed}"])
     return args
 
 
