@@ -50,7 +50,7 @@ class Data(NamedTuple):
 # ------------------------------------------------------------------------------------------------- data sets
 
 
-def load(name, root="data", classes=None):
+def load(name, root="data", classes=None, device="cpu"):
     """Loads a data set, from its cache where there is one.
 
     Args:
@@ -58,6 +58,7 @@ def load(name, root="data", classes=None):
         root: where data and caches are or go. For chaoyang the folder with train.json, test.json and images,
             for folder the one with train/<class>/* and val/<class>/*.
         classes: keep the first so many classes only, for a quick run.
+        device: where the tensors of the returned `Data` are put.
 
     Raises:
         InputError: unknown name; missing, damaged or inconsistent files; no network.
@@ -83,7 +84,7 @@ def load(name, root="data", classes=None):
         keep = y < num_classes
         parts.append(torch.from_numpy(x[keep]).permute(0, 3, 1, 2).contiguous())  # (N, 3, S, S)
         parts.append(torch.from_numpy(y[keep]).long())
-    return Data(*parts, num_classes)
+    return Data(*(part.to(device) for part in parts), num_classes)
 
 
 def check(arrays, num_classes, source):

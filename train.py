@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from data import CLASSES, Data, InputError, augment, load, prepare, write_whole
+from data import CLASSES, InputError, augment, load, prepare, write_whole
 from guidance import AdaptiveStop, Guidance, beta_at
 from model import deit_mini, deit_tiny
 from teacher import resnet8, resnet18, resnet20, resnet56
@@ -40,7 +40,10 @@ CNN = dict(epochs=300, batch_size=128, lr=0.1, image_size=TEACHER_SIZE, augment=
 GLYPHS_VIT = dict(model="deit_mini", teacher="resnet8", epochs=26, batch_size=32, lr=3e-3, image_size=64,
                   patch_size=16, augment="weak")
 GLYPHS_CNN = dict(epochs=5, batch_size=64, lr=0.1, image_size=TEACHER_SIZE, augment="weak")
-SMALLER = "--dataset cifar100 --classes 20 --model deit_mini --image-size 32 --patch-size 4 --epochs 20"
+SMALLER = """
+  python train.py --dataset cifar100 --classes 20 --model resnet20 --epochs 20
+  python train.py --dataset cifar100 --classes 20 --model deit_mini --image-size 32 --patch-size 4 \\
+      --batch-size 64 --lr 1e-3 --epochs 16 --teacher runs/cifar100-20classes-resnet20-seed0/last.pt"""
 
 
 def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generator, precision, progress):
@@ -168,6 +171,9 @@ def ready_teacher(args, data, device, precision):
         if is_now != was:
             raise InputError(f"the teacher {path} has another {what}: {was}, not {is_now}; choose another")
     teacher = build(state["args"]["model"], data.num_classes, TEACHER_SIZE, state["args"]["patch_size"])
+    if len(teacher.feature_channels) != 3:
+        raise InputError(f"the teacher {path} has {len(teacher.feature_channels)} stages for 3 guided blocks; "
+                         "choose a resnet56, resnet20 or resnet8")
     teacher.load_state_dict(state["model"])
     teacher.to(device).requires_grad_(False)
     accuracy = evaluate(teacher, data, args.image_size, precision, as_teacher=True)  # leaves it in eval mode
@@ -192,13 +198,16 @@ def in_words(schedule, epochs, beta, guide_epochs):
 
 def provenance(args, device):
     """Where a run comes from: the first line of its log."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True)
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy outside a repository
+        commit = None
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     return dict(command=" ".join(["python", *sys.argv]), args=vars(args), seed=args.seed, device=str(device),
                 hardware=hardware, threads=torch.get_num_threads(), python=platform.python_version(),
                 torch=str(torch.__version__), torchvision=str(torchvision.__version__),
-                git_commit=git.stdout.decode().strip() or None,
-                started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
+                git_commit=commit, started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
 
 
 class Progress:
@@ -213,29 +222,34 @@ class Progress:
         if not math.isfinite(loss_cls + loss_guidance):
             raise InputError(f"the loss is not finite by step {step} of epoch {self.epoch}: "
                              f"loss_cls {loss_cls}, loss_guidance {loss_guidance}, beta {self.beta:.3f}, lr "
-                             f"{self.lr:.2e}; last.pt keeps the epoch before; choose a lower --lr or --no-amp")
+                             f"{self.lr:.2e}; last.pt keeps the epoch before; try a lower --lr or --no-amp")
         seconds = time.perf_counter() - self.started
         if self.epoch == 0 and step == min(11, steps):
             total = seconds / step * steps * self.args.epochs
             print(f"expected time: {timedelta(seconds=round(total))}, less where guidance ends early")
             if total > 3 * 3600:
-                print(f"  That is long. A smaller run of the same method: python train.py {SMALLER}")
+                print(f"That is long. The same method, made small:{SMALLER}")
         if sys.stdout.isatty():
             speed = step * self.args.batch_size / seconds
             print(f"epoch {self.epoch}, step {step} of {steps}: loss_cls {loss_cls:.3f}, "
                   f"train {100 * accuracy:.1f} %, {speed:.0f} images/s", end="  \r", flush=True)
 
 
-def pick_device(name):
-    """The torch device, and in words why this one; `name` is a device or auto."""
+def pick_device(name, amp):
+    """Device and precision (a context manager), and in words why these; `name` may be auto, `amp` None."""
+    why, why_precision = "as asked", "the default on this device" if amp is None else "as asked"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(name), "no GPU was found" if name == "cpu" else "a GPU was found"
+        why = "no GPU was found" if name == "cpu" else "a GPU was found"
     try:
-        return torch.zeros(1, device=name).device, "as asked"
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} does not work here ({reason}); leave it out") from error
+    amp = device.type == "cuda" if amp is None else amp
+    precision = torch.autocast(device.type, torch.bfloat16) if amp else nullcontext()
+    kind = "bfloat16 autocast" if amp else "float32"
+    return device, precision, f"{device} ({why}); {kind} ({why_precision})"
 
 
 def run(args):
@@ -247,11 +261,8 @@ def run(args):
         done = len(load_checkpoint(last)["history"])
         raise InputError(f"{out} holds a run of {done} epochs already: continue it with --resume, or choose "
                          "another --out")
-    device, device_reason = pick_device(args.device)
-    amp = device.type == "cuda" if args.amp is None else args.amp
-    precision = torch.autocast(device.type, torch.bfloat16) if amp else nullcontext()
-    *arrays, num_classes = load(args.dataset, args.data, args.classes)
-    data = Data(*(array.to(device) for array in arrays), num_classes)
+    device, precision, device_in_words = pick_device(args.device, args.amp)
+    data = load(args.dataset, args.data, args.classes, device)
     steps = len(data.x_train) // args.batch_size
     if not steps:
         raise InputError(f"{len(data.x_train)} images do not fill one batch; choose a smaller --batch-size")
@@ -263,7 +274,7 @@ def run(args):
     teacher = ready_teacher(args, data, device, precision) if guided else None
     torch.manual_seed(args.seed)  # weights, drop path
     generator = torch.Generator().manual_seed(args.seed)  # order of the images, augmentation
-    model = build(args.model, num_classes, args.image_size, args.patch_size).to(device)
+    model = build(args.model, data.num_classes, args.image_size, args.patch_size).to(device)
     guidance = Guidance(model.feature_channels, teacher.feature_channels).to(device) if guided else None
     optimizer = make_optimizer(model, guidance)
     adaptive, guiding, history = AdaptiveStop(), guided, []
@@ -287,11 +298,10 @@ def run(args):
 
     parameters = sum(p.numel() for p in model.parameters())
     print(f"data: {args.dataset}, {len(data.x_train)} training and {len(data.x_test)} test images of "
-          f"{data.x_train.shape[-1]} px, {num_classes} classes\n"
+          f"{data.x_train.shape[-1]} px, {data.num_classes} classes\n"
           f"model: {args.model} at {args.image_size} px, {parameters:,} parameters\n"
           f"training: {args.epochs} epochs of {steps} steps of {args.batch_size} images\n"
-          f"device: {device} ({device_reason}); {'bfloat16 autocast' if amp else 'float32'} "
-          f"({'the default on this device' if args.amp is None else 'as asked'})\n"
+          f"device: {device_in_words}\n"
           f"guidance: {in_words(args.schedule, args.epochs, args.beta, args.guide_epochs)}\n"
           f"log and checkpoint: {out}", flush=True)
     student = torch.compile(model) if args.compile else model
@@ -315,7 +325,7 @@ def run(args):
             model=model.state_dict(), projections=guidance.state_dict() if guided else None,
             optimizer=optimizer.state_dict(), generator=generator.get_state(), rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None, guiding=guiding,
-            adaptive=adaptive.history, history=history, origin=origin, num_classes=num_classes,
+            adaptive=adaptive.history, history=history, origin=origin, num_classes=data.num_classes,
             args=vars(args))
         write_whole(last, lambda file, state=state: torch.save(state, file))
         write_log(log, [origin, *history])
@@ -332,13 +342,12 @@ def run(args):
 
 def evaluate_file(args):
     """Prints the accuracy of a checkpoint on the test images of the data set it was trained for."""
-    state, (device, _) = load_checkpoint(args.evaluate), pick_device(args.device)
+    state = load_checkpoint(args.evaluate)
     theirs = argparse.Namespace(**state["args"])
-    *arrays, num_classes = load(theirs.dataset, args.data, theirs.classes)
+    device, precision, _ = pick_device(args.device, args.amp)
+    data = load(theirs.dataset, args.data, theirs.classes, device)
     model = build(theirs.model, state["num_classes"], theirs.image_size, theirs.patch_size).to(device)
     model.load_state_dict(state["model"])
-    precision = torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
-    data = Data(*(array.to(device) for array in arrays), num_classes)
     accuracy = evaluate(model, data, theirs.image_size, precision)
     print(f"{args.evaluate}: {theirs.model}, {len(state['history'])} epochs on {theirs.dataset}, val_acc "
           f"{accuracy:.2f} %")
@@ -355,7 +364,7 @@ def parse(argv=None):
     add("--schedule", choices=["none", "constant", "early", "adaptive"], default="early", help="of beta")
     add("--beta", type=float, default=2.5, help="weight of the guidance loss at the start (default: 2.5)")
     add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (early: a third)")
-    add("--teacher", metavar="FILE", help="last.pt of a small CNN (default: the run in its default folder)")
+    add("--teacher", metavar="FILE", help="its last.pt, or its model's name (default: resnet56)")
     add("--epochs", type=int)
     add("--batch-size", type=int)
     add("--lr", type=float, help="peak learning rate")
@@ -384,8 +393,9 @@ def parse(argv=None):
     for key in ("epochs", "batch_size", "image_size", "lr"):
         if not getattr(args, key) > 0:
             parser.error(f"--{key.replace('_', '-')} must be above 0, not {getattr(args, key)}")
-    try:
+    try:  # before any teacher is trained
         beta_at(args.schedule, 0, args.epochs, args.beta, args.guide_epochs)
+        build(args.model, 2, args.image_size, args.patch_size)
     except ValueError as error:
         parser.error(str(error))
     if args.out is None:
@@ -402,7 +412,10 @@ def main():
         evaluate_file(args) if args.evaluate else run(args)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {str(error).splitlines()[0]} Choose a smaller --batch-size and another --out")
     except KeyboardInterrupt:
+        print("\ninterrupted: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
         sys.exit(130)
 
 
