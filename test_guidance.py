@@ -5,6 +5,7 @@
 Images are generated; where a cache data/cifar100.npz is at hand, operations are checked on real ones as well.
 """
 
+import functools
 import json
 import math
 import subprocess
@@ -375,13 +376,16 @@ def test_guidance_is_plug_and_play_for_a_torchvision_swin():
 # ---------------------------------------------------------------------------------------- augmentation
 
 
+@functools.cache
+def small_pictures():
+    rng = np.random.default_rng(0)
+    real = list(np.load(CIFAR)["x_train"][:3]) if CIFAR.exists() else []
+    return [rng.integers(0, 256, (8, 8, 3), dtype=np.uint8), data.glyphs(1, 0)[0][0], *real]
+
+
 def pictures(side):
     """Pillow images of that side: generated, and real ones where CIFAR-100 is at hand."""
-    rng = np.random.default_rng(0)
-    small = [rng.integers(0, 256, (8, 8, 3), dtype=np.uint8), data.glyphs(1, 0)[0][0]]
-    if CIFAR.exists():
-        small += list(np.load(CIFAR)["x_train"][:3])
-    return [Image.fromarray(image).resize((side, side), Image.BICUBIC) for image in small]
+    return [Image.fromarray(image).resize((side, side), Image.BICUBIC) for image in small_pictures()]
 
 
 def to_tensor(image):

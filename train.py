@@ -172,7 +172,7 @@ def ready_teacher(args, data, device, precision):
             raise InputError(f"the teacher {path} has another {what}: {was}, not {is_now}; choose another")
     teacher = build(state["args"]["model"], data.num_classes, TEACHER_SIZE, state["args"]["patch_size"])
     if len(teacher.feature_channels) != 3:
-        raise InputError(f"the teacher {path} has {len(teacher.feature_channels)} stages for 3 guided blocks; "
+        raise InputError(f"the teacher {path} has {len(teacher.feature_channels)} stages, not 3; "
                          "choose a resnet56, resnet20 or resnet8")
     teacher.load_state_dict(state["model"])
     teacher.to(device).requires_grad_(False)
@@ -415,7 +415,7 @@ def main():
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {str(error).splitlines()[0]} Choose a smaller --batch-size and another --out")
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        print("\ninterrupted: the same command with --resume goes on from the last epoch", file=sys.stderr)
         sys.exit(130)
 
 
