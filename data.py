@@ -73,8 +73,7 @@ def load(name, root="data", classes=None, device="cpu"):
     else:
         arrays = {"folder": folder, "chaoyang": chaoyang, "flowers": flowers}.get(name, cifar)(root, name)
         write_whole(cache, lambda file: np.savez(file, **dict(zip(ARRAYS, arrays))))
-    num_classes = CLASSES[name] or int(arrays[1].max()) + 1
-    check(arrays, num_classes, cache)
+    num_classes = check(arrays, CLASSES[name], cache)
     if classes is not None:
         if not 2 <= classes <= num_classes:
             raise InputError(f"cannot use {classes} classes of {name}: choose from 2 to {num_classes}")
@@ -88,17 +87,19 @@ def load(name, root="data", classes=None, device="cpu"):
 
 
 def check(arrays, num_classes, source):
-    """Refuses arrays that are not two sets of square images of one size with labels below num_classes."""
+    """The number of classes (None: what the labels say) of two sets of square images, or a refusal."""
     for x, y in (arrays[:2], arrays[2:]):
         square = x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (*arrays[0].shape[1:2] * 2, 3)
         if not (square and len(x) and y.shape == x.shape[:1] and y.dtype.kind in "iu"):
             problem = f"images {x.dtype} {x.shape} with labels {y.dtype} {y.shape}"
-        elif not 0 <= y.min() <= y.max() < num_classes:
-            problem = f"labels from {y.min()} to {y.max()}, not 0 to {num_classes - 1}"
         else:
-            continue
+            num_classes = num_classes or int(y.max()) + 1
+            if 0 <= y.min() <= y.max() < num_classes:
+                continue
+            problem = f"labels from {y.min()} to {y.max()}, not 0 to {num_classes - 1}"
         raise InputError(f"{source} holds {problem}; it must hold {', '.join(ARRAYS)}, images uint8 "
                          "(N, S, S, 3) of one size and N labels each. Delete it to have it made again")
+    return num_classes
 
 
 def read_cache(path):
@@ -119,7 +120,8 @@ def write_whole(path, save):
             save(file)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter where the disk is full
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
         raise InputError(f"cannot write {path} ({error}); free space or choose another folder") from error
 
 
@@ -203,7 +205,10 @@ def decode(get, count, side):
     print(f"decoding {count} images to {side} x {side} pixels, once")
 
     def one(i):  # the middle square, bicubic
-        image, label = get(i)
+        try:
+            image, label = get(i)
+        except OSError as error:  # of torchvision; `open_image` names the file
+            raise InputError(f"cannot decode image {i} ({error}); fetch the data again") from error
         return np.asarray(ImageOps.fit(image, (side, side), Image.BICUBIC)), label
 
     with ThreadPoolExecutor() as pool:  # threads suffice: Pillow lets others run while it decodes

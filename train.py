@@ -76,7 +76,7 @@ def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generat
         optimizer.step()
         correct = (logits.argmax(dim=1) == labels).float().mean()
         sums += torch.stack((loss_cls, loss_guidance, correct)).detach()
-        if step % 50 == 10 or step == steps - 1:
+        if step in (0, 3) or step % 50 == 49 or step == steps - 1:
             progress.show(step + 1, steps, sums / (step + 1))
     loss_cls, loss_guidance, accuracy = (sums / steps).tolist()
     return loss_cls, loss_guidance, 100 * accuracy
@@ -214,7 +214,8 @@ class Progress:
     """What an epoch shows while it runs; it stops the run on a loss that is not finite."""
 
     def __init__(self, args, epoch, beta, lr):
-        self.args, self.epoch, self.beta, self.lr, self.started = args, epoch, beta, lr, time.perf_counter()
+        self.args, self.epoch, self.beta, self.lr = args, epoch, beta, lr
+        self.started = self.warm = time.perf_counter()
 
     def show(self, step, steps, means):
         """After `step` steps; `means` so far: a tensor of cross-entropy, guidance loss and accuracy."""
@@ -223,14 +224,16 @@ class Progress:
             raise InputError(f"the loss is not finite by step {step} of epoch {self.epoch}: "
                              f"loss_cls {loss_cls}, loss_guidance {loss_guidance}, beta {self.beta:.3f}, lr "
                              f"{self.lr:.2e}; last.pt keeps the epoch before; try a lower --lr or --no-amp")
-        seconds = time.perf_counter() - self.started
-        if self.epoch == 0 and step == min(11, steps):
-            total = seconds / step * steps * self.args.epochs
+        now = time.perf_counter()
+        if step == 1:
+            self.warm = now  # the first step also sets things up: it does not count
+        if self.epoch == 0 and step == 4:
+            total = (now - self.warm) / 3 * steps * self.args.epochs
             print(f"expected time: {timedelta(seconds=round(total))}, less where guidance ends early")
             if total > 3 * 3600:
                 print(f"That is long. The same method, made small:{SMALLER}")
         if sys.stdout.isatty():
-            speed = step * self.args.batch_size / seconds
+            speed = step * self.args.batch_size / (now - self.started)
             print(f"epoch {self.epoch}, step {step} of {steps}: loss_cls {loss_cls:.3f}, "
                   f"train {100 * accuracy:.1f} %, {speed:.0f} images/s", end="  \r", flush=True)
 
