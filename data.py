@@ -6,7 +6,7 @@ cached as <root>/<name>.npz, and a cache that is there is used without asking th
 `augment` is the recipe of DeiT and the LG code: random resized crop, flip, RandAugment rand-m9-mstd0.5-inc1
 (timm's; much stronger than torchvision's magnitude 9), random erasing. Its steps:
 
-    draw      all random numbers of the batch, on the CPU, from one seeded generator: the same on every
+    draw      all random choices of the batch, on the CPU, from one seeded generator: the same on every
               device, and as the host knows which image gets which operation, nothing waits for the device
     resample  crop, flip, translation, rotation and shear are one map to the stored pixels, sampled once
     recolour  each colour operation at once on the images that drew it, with a parameter for each image
@@ -65,14 +65,12 @@ def load(name, root="data", classes=None, device="cpu"):
     """
     if name not in CLASSES:
         raise InputError(f"unknown data set {name!r}: choose one of {', '.join(CLASSES)}")
-    cache = Path(root) / f"{name}.npz"
-    if name == "glyphs":
-        arrays = glyphs()
-    elif cache.exists() and not (name == "folder" and changed(root) > cache.stat().st_mtime):
-        arrays = read_cache(cache)
-    else:
+    cache, files = Path(root) / f"{name}.npz", listing(root) if name == "folder" else []
+    arrays = glyphs() if name == "glyphs" else read_cache(cache, files)
+    if arrays is None:
         arrays = {"folder": folder, "chaoyang": chaoyang, "flowers": flowers}.get(name, cifar)(root, name)
-        write_whole(cache, lambda file: np.savez(file, **dict(zip(ARRAYS, arrays))))
+        check(arrays, CLASSES[name], name)
+        write_whole(cache, lambda file: np.savez(file, files=files, **dict(zip(ARRAYS, arrays))))
     num_classes = check(arrays, CLASSES[name], cache)
     if classes is not None:
         if not 2 <= classes <= num_classes:
@@ -81,6 +79,8 @@ def load(name, root="data", classes=None, device="cpu"):
     parts = []
     for x, y in (arrays[:2], arrays[2:]):
         keep = y < num_classes
+        if not keep.any():
+            raise InputError(f"{name} has no image of the first {num_classes} classes; choose more classes")
         parts.append(torch.from_numpy(x[keep]).permute(0, 3, 1, 2).contiguous())  # (N, 3, S, S)
         parts.append(torch.from_numpy(y[keep]).long())
     return Data(*(part.to(device) for part in parts), num_classes)
@@ -102,12 +102,16 @@ def check(arrays, num_classes, source):
     return num_classes
 
 
-def read_cache(path):
-    """The four arrays of an .npz file; nothing is unpickled."""
+def read_cache(path, files):
+    """The four arrays of an .npz file, or None if it is not there or was made from other `files`."""
+    if not path.exists():
+        return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:  # a pickle could run anything
+            if len(files) and "files" in file and file["files"].tolist() != files:
+                return None
             return [file[key] for key in ARRAYS]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no usable cache ({error}); delete it to have it made again") from error
 
 
@@ -153,8 +157,8 @@ def fetch(make, root, name, part):
 def folder(root, name):
     """Anyone's images: <root>/train/<class>/* and <root>/val/<class>/*, classes in alphabetical order."""
     try:
-        train = datasets.ImageFolder(Path(root) / "train", loader=open_image)
-        val = datasets.ImageFolder(Path(root) / "val", loader=open_image)
+        train = datasets.ImageFolder(Path(root) / "train", loader=open_image, is_valid_file=readable)
+        val = datasets.ImageFolder(Path(root) / "val", loader=open_image, is_valid_file=readable)
     except OSError as error:
         raise InputError(f"{error}; --data must hold train/<class>/* and val/<class>/* images") from error
     if len(train.classes) < 2 or train.classes != val.classes:
@@ -165,10 +169,16 @@ def folder(root, name):
     return *decode(train.__getitem__, len(train), side), *decode(val.__getitem__, len(val), side)
 
 
-def changed(root):
-    """When the trees train/ and val/ last changed, in seconds (0: none there); a cache must be younger."""
-    trees = [tree for tree in (Path(root) / "train", Path(root) / "val") if tree.is_dir()]
-    return max((file.stat().st_mtime for tree in trees for file in (tree, *tree.rglob("*"))), default=0)
+def readable(path):
+    """Whether Pillow reads files with this ending."""
+    return Image.registered_extensions().get(Path(path).suffix.lower()) in Image.OPEN
+
+
+def listing(root):
+    """Name, size and time of every file under train/ and val/: a folder's cache is good for just these."""
+    paths = [path for split in ("train", "val") for path in sorted((Path(root) / split).rglob("*"))]
+    stats = [(path.relative_to(root), path.stat()) for path in paths if path.is_file()]
+    return [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
 
 
 def chaoyang(root, name):
@@ -178,7 +188,8 @@ def chaoyang(root, name):
         file = root / f"{split}.json"
         try:
             pairs = [((root / row["name"]).resolve(), row["label"]) for row in json.loads(file.read_text())]
-            bad = [pair for pair in pairs if pair[1] not in range(4) or root not in pair[0].parents]
+            bad = [(file, label) for file, label in pairs
+                   if type(label) is not int or not 0 <= label < 4 or root not in file.parents]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is missing or no list of {{name, label}} ({error}); ask the authors of "
                              "Chaoyang for the data (see README) and give their folder as --data") from error
@@ -195,7 +206,12 @@ def open_image(path, decoded=True):
         with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"it has more than 8 bits a channel, mode {image.mode}")
-            return ImageOps.exif_transpose(image).convert("RGB") if decoded else image
+            if not decoded:
+                return image
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:  # what shows through is white
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
     except Exception as error:  # Pillow raises whatever a damaged file provokes
         raise InputError(f"cannot read {path} ({error}); replace it, or take it out") from error
 
@@ -319,6 +335,8 @@ def augment(images, size, generator, strength="strong"):
     if images.dtype != torch.uint8 or images.shape[1:] != (3, S, S) or generator.device.type != "cpu":
         raise ValueError("expected uint8 images (B, 3, S, S) and a generator on the CPU, got "
                          f"{images.dtype} {tuple(images.shape)} and one on {generator.device}")
+    if size < 3:
+        raise ValueError(f"size must be at least 3 pixels, got {size}")
     if strength not in ("strong", "weak"):
         raise ValueError(f"strength must be 'strong' or 'weak', got {strength!r}")
     draws, device = draw(B, S, size, generator, strength), images.device
@@ -332,7 +350,8 @@ def augment(images, size, generator, strength="strong"):
                     device, non_blocking=True)
                 chosen = chosen.to(device, non_blocking=True)
                 x[chosen] = recolour(x[chosen], OPERATIONS[operation], level, sign)
-    x = TF.normalize(x / 255, MEAN, STD)
+    mean, std = torch.tensor((MEAN, STD)).view(2, 3, 1, 1).to(device, non_blocking=True)
+    x = (x / 255 - mean) / std
     for i in draws.erase[:, 2].nonzero()[:, 0].tolist():
         top, left, height, width = draws.erase[i].int().tolist()
         x[i, :, top : top + height, left : left + width].normal_(generator=noise)
@@ -353,7 +372,7 @@ def resample(images, size, draws):
     B, _, S, _ = images.shape
     maps = undo(draws, S).to(images.device, non_blocking=True)  # (3, B, 3, 3)
     crop = draws.crop.to(images.device, non_blocking=True)
-    fill = images.new_tensor(FILL, dtype=torch.float32).view(3, 1, 1)
+    fill = torch.tensor(FILL, dtype=torch.float32).view(3, 1, 1).to(images.device, non_blocking=True)
     rows = axis_weights(maps[:, :, 1], 1, crop, S, size)  # (B, size, S)
     columns = axis_weights(maps[:, :, 0], 0, crop, S, size)  # (B, size, S)
     # taking the fill off and adding it again gives it to every pixel whose weights are all 0
@@ -433,7 +452,6 @@ def recolour(x, operation, level, sign):
     elif operation == "Brightness":
         base = torch.zeros_like(base)
     elif operation == "Sharpness":
-        kernel = x.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]).expand(3, 1, 3, 3) / 13
-        base = x.clone()  # the border stays as it is
-        base[:, :, 1:-1, 1:-1] = F.conv2d(x, kernel, groups=3).round()
+        base = x.clone()  # 3x3, the centre weighs 5 of 13; the border stays as it is
+        base[:, :, 1:-1, 1:-1] = ((9 * F.avg_pool2d(x, 3, 1) + 4 * x[:, :, 1:-1, 1:-1]) / 13).round()
     return (base + (x - base) * (1 + 0.9 * level * sign).clamp(min=0.1)).clamp(0, 255).floor()

@@ -44,7 +44,8 @@ class Guidance(nn.Module):
         loss = 0.0
         for project, student, teacher in zip(self.projections, student_features, teacher_features):
             # (B, D, h, w) -> (B, C_i, h, w): a 1x1 convolution and a resize commute, this order is cheaper
-            student, teacher = project(student).float(), teacher.float()
+            student = project(student.to(project.weight.dtype)).float()
+            teacher = teacher.detach().float()
             if student.shape[:2] != teacher.shape[:2]:
                 raise ValueError(f"the projected student map {tuple(student.shape)} and the teacher map "
                                  f"{tuple(teacher.shape)} differ in batch or channels")

@@ -261,13 +261,10 @@ def test_the_loss_is_zero_for_equal_maps_and_its_gradient_reaches_student_and_pr
     guide.projections[0].bias.data.zero_()
     maps = torch.randn(2, 4, 6, 6)
     assert guide([maps], [maps]).item() == 0
-    student = torch.randn(2, 4, 6, 6, requires_grad=True)
-    guide([student], [maps]).backward()
-    assert (
-        student.grad.abs().sum() > 0
-        and guide.projections[0].weight.grad.abs().sum() > 0
-        and maps.grad is None
-    )
+    student, teacher = (torch.randn(2, 4, 6, 6, requires_grad=True) for _ in range(2))
+    guide([student], [teacher]).backward()
+    assert student.grad.abs().sum() > 0 and guide.projections[0].weight.grad.abs().sum() > 0
+    assert teacher.grad is None
 
 
 def test_guidance_refuses_maps_that_do_not_belong_together():
@@ -512,6 +509,10 @@ def test_a_turned_crop_shows_the_same_as_crop_then_turn():
             )
             middle = slice(size // 4, 3 * size // 4)
             assert np.abs(ours - np.asarray(theirs, dtype=float))[middle, middle].mean() < 3
+    # pixel noise shrunk sixfold: its spread of 74 levels must average out, to about 12
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (256, 256, 3), dtype=np.uint8))
+    turned = resample(to_tensor(noise), 32, draws_for(256, ["Rotate"], crop=(32, 32, 192, 192)))
+    assert turned[:, :, 10:22, 10:22].std() < 25
 
 
 @pytest.mark.parametrize("stored, size", [(32, 224), (256, 224), (64, 32)])
@@ -561,11 +562,13 @@ def test_the_draws_have_the_distribution_of_the_recipe():
         )
         area, round_off = height * width / side**2, 1.5 / side
         assert (
-            area.min() > low - round_off
+            low - round_off < area.min() < low + 0.02
+            and high - 0.05 < area.max()
             and area.max() < high + round_off
             and torch.equal(boxes, boxes.round())
         )
-        assert (torch.log(height / width).abs() < math.log(1 / ratio) + 8 * round_off).all()
+        widest = torch.log(height / width)[area > 0.1].abs().max()  # rounding blurs the aspect of small boxes
+        assert 0.9 * math.log(1 / ratio) < widest < math.log(1 / ratio) + 8 * round_off
         assert abs(torch.log(height / width).mean()) < 0.01  # as often upright as lying
     # the same crops as torchvision's RandomResizedCrop: mean and spread of their area
     theirs = [
@@ -1134,7 +1137,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights_and_log(small_glyphs, mo
         command(monkeypatch, *run, "--out", "parts")
     assert stop.value.code == 130 and len(records("parts")[1]) == 1
     monkeypatch.setattr(train, "evaluate", evaluate)
-    with pytest.raises(SystemExit, match="made with other options: continue it with --lr 0.003"):
+    with pytest.raises(SystemExit, match="made with other options: lr was 0.003, is 0.1"):
         command(monkeypatch, *run, "--out", "parts", "--resume", "--lr", "0.1")
     command(monkeypatch, *run, "--out", "parts", "--resume")
     whole, parts = (train.load_checkpoint(f"{name}/last.pt") for name in ("whole", "parts"))
@@ -1184,37 +1187,63 @@ def test_every_model_is_a_row_of_the_table(small_glyphs, monkeypatch, model):
 
 
 def test_compiled_and_bfloat16_runs_end_near_the_plain_one(small_glyphs, monkeypatch):
-    plain = ("--schedule", "none", "--epochs", 1)
     for flags in ((), ("--amp",), ("--compile",)):
-        command(monkeypatch, *plain, *flags, "--out", f"plain{''.join(flags)}")
-    losses = [records(name)[1][0]["loss_cls"] for name in ("plain", "plain--amp", "plain--compile")]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[2] == pytest.approx(losses[0], rel=1e-3)
+        command(monkeypatch, "--model", "resnet8", "--epochs", 4, *flags, "--out", f"run{''.join(flags)}")
+    runs = [[line["loss_cls"] for line in records(f"run{name}")[1]] for name in ("", "--amp", "--compile")]
+    assert runs[0][-1] < 0.97 * runs[0][0]  # it learns
+    for plain, bfloat16, compiled in zip(*runs):
+        assert bfloat16 == pytest.approx(plain, rel=0.03) and compiled == pytest.approx(plain, rel=0.01)
 
 
 def test_a_teacher_that_does_not_fit_is_refused(small_glyphs, monkeypatch):
     command(monkeypatch, "--model", "resnet8", "--epochs", 1, "--classes", 5, "--out", "five")
     command(monkeypatch, "--model", "resnet8", "--epochs", 1, "--image-size", 64, "--out", "large")
+    command(monkeypatch, "--model", "resnet18", "--epochs", 1, "--image-size", 32, "--out", "resnet18")
     for flags, message in (
-        (("--teacher", "five/last.pt"), "another number of classes: 5, not 10"),
-        (("--teacher", "large/last.pt"), "another image size: 64, not 32"),
+        (("--teacher", "five/last.pt"), "trained on other data: glyphs .*'num_classes': 5,.* not glyphs"),
+        (("--teacher", "large/last.pt"), "is a resnet8 at 64 px"),
+        (("--teacher", "resnet18/last.pt"), "is a resnet18 at 32 px"),
         (("--teacher", "absent.pt"), "there is no checkpoint absent.pt"),
         (("--teacher", __file__), "damaged or no checkpoint"),
     ):
         with pytest.raises(SystemExit, match=message):
             command(monkeypatch, *flags, "--out", "student")
     small_cache(Path("data/cifar10.npz"))
-    with pytest.raises(SystemExit, match="another data set: glyphs, not cifar10"):
-        command(
-            monkeypatch,
-            "--dataset",
-            "cifar10",
-            "--teacher",
-            "five/last.pt",
-            "--batch-size",
-            4,
-            "--out",
-            "student2",
-        )
+    other = ("--dataset", "cifar10", "--batch-size", 4, "--out", "student2")
+    with pytest.raises(SystemExit, match="trained on other data: glyphs .* not cifar10"):
+        command(monkeypatch, *other, "--teacher", "five/last.pt")
+
+
+def test_a_checkpoint_is_never_used_with_other_images_of_the_same_kind(small_glyphs, monkeypatch):
+    small = ("--dataset", "folder", "--model", "resnet8", "--epochs", 1, "--batch-size", 2, "--out", "run")
+    command(monkeypatch, *small, "--data", small_tree(Path("one")))
+    save_images(small_tree(Path("two")) / "val" / "cat", 1, 33)
+    for flags in (("--evaluate", "run/last.pt"), (*small, "--resume")):
+        with pytest.raises(SystemExit, match="run/last.pt was trained on other data"):
+            command(monkeypatch, *flags, "--data", "two")
+    command(monkeypatch, "--evaluate", "run/last.pt")  # finds its own data again
+
+
+def test_a_teacher_trained_for_less_counts_and_an_interrupted_one_is_continued(small_glyphs, monkeypatch):
+    default = "runs/glyphs-resnet8-seed0"
+    command(monkeypatch, "--model", "resnet8", "--epochs", 4)
+    command(monkeypatch, "--epochs", 1, "--out", "first")
+    assert len(records(default)[1]) == 4
+    state = train.load_checkpoint(f"{default}/last.pt")
+    state["args"]["epochs"] = 5  # as if it had been stopped after four of five
+    torch.save(state, f"{default}/last.pt")
+    command(monkeypatch, "--epochs", 1, "--out", "second")
+    assert len(records(default)[1]) == 5
+    origin = records("second")[0]
+    assert origin["teacher"] == f"{default}/last.pt" and origin["teacher_acc"] > 10
+
+
+def test_the_teacher_that_guides_is_in_eval_mode_and_takes_no_gradient(small_glyphs, monkeypatch):
+    command(monkeypatch, "--model", "resnet8")
+    glyphs, cpu = load("glyphs"), torch.device("cpu")
+    teacher, _ = train.ready_teacher(train.parse([]), glyphs, cpu, train.nullcontext())
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 def test_a_teacher_at_chance_is_refused(small_glyphs, monkeypatch):
@@ -1227,7 +1256,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_a_file(small_
     with pytest.raises(
         SystemExit, match=r"not finite by step \d+ of epoch \d: loss_cls .*beta .*lr .*lower --lr"
     ):
-        command(monkeypatch, "--schedule", "none", "--lr", 1e30, "--out", "wild")
+        command(monkeypatch, "--schedule", "none", "--lr", 1e15, "--out", "wild")
     kept = Path("wild/last.pt")
     assert not kept.exists() or all(
         math.isfinite(line["loss_cls"]) for line in train.load_checkpoint(kept)["history"]
@@ -1239,8 +1268,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_a_file(small_
     [
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
         (["--schedule", "late"], "invalid choice: 'late'"),
-        (["--epochs", "0"], "--epochs must be above 0"),
-        (["--lr", "nan"], "--lr must be above 0"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--epochs", "many"], "invalid int value: 'many'"),
+        (["--lr", "nan"], "--lr must be at least 1e-12"),
+        (["--batch-size", "1"], "--batch-size must be at least 2"),
+        (["--patch-size", "0"], "--patch-size must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--seed", str(2**64)], "--seed must be at least 0"),
+        (["--beta", "nan"], "beta must be finite"),
+        (["--model", "resnet8", "--schedule", "early"], "takes no guidance: leave --schedule out"),
+        (["--teacher", "resnet18"], "resnet18 is no teacher"),
+        (["--device", "meta"], "does not work here"),
+        (["--unknown", "1"], "unrecognized arguments"),
+        (["--out", "file"], "cannot write file/log.jsonl"),
+        (["--evaluate", "npz.npz"], "npz.npz is damaged or no checkpoint"),
         (["--beta", "-1"], "beta must be"),
         (["--guide-epochs", "0"], "guide_epochs must be at least 1"),
         (["--image-size", "60"], "60 is not a multiple of patch size 8; choose another --image-size"),
@@ -1253,13 +1294,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_a_file(small_
         (["--dataset", "folder", "--data", "absent"], "must hold train/<class>"),
     ],
 )
-def test_a_wrong_option_ends_with_one_clear_line(small_glyphs, monkeypatch, capsys, argv, message):
+def test_a_wrong_option_ends_with_one_clear_line(small_glyphs, monkeypatch, argv, message):
+    Path("file").write_text("not a folder")
+    small_cache(Path("npz.npz"))
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, "--schedule", "none", *argv)
-    told = (
-        str(stop.value.code) if isinstance(stop.value.code, str) else capsys.readouterr().err.splitlines()[-1]
-    )
-    assert message in told and "\n" not in told and stop.value.code != 0
+    told = stop.value.code  # what sys.exit writes to stderr, with exit code 1
+    assert isinstance(told, str) and told.startswith("error: ") and message in told and "\n" not in told
 
 
 def test_from_the_shell_an_error_is_one_line_without_a_traceback(tmp_path):

@@ -19,7 +19,10 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from zlib import crc32
 
+import numpy
+import PIL
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -138,9 +141,28 @@ def load_checkpoint(path):
     except Exception as error:  # damaged, a foreign pickle, no torch file at all: torch raises many things
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is damaged or no checkpoint ({reason}); train it again") from error
-    if not isinstance(state, dict) or not {"args", "num_classes", "model", "history"} <= state.keys():
+    if not isinstance(state, dict) or not {"args", "model", "data", "history"} <= state.keys():
         raise InputError(f"{path} was not written by train.py; choose the last.pt of a run")
     return state
+
+
+def fingerprint(data):
+    """What a checkpoint remembers of its data, so that it is never used with others."""
+    return dict(num_classes=data.num_classes, train_images=len(data.x_train),
+                train_crc=crc32(data.y_train.cpu().numpy()), test_crc=crc32(data.x_test.cpu().numpy()))
+
+
+def restore(path, dataset, data):
+    """The network of a checkpoint with its weights, and the checkpoint; refused if `data` is not its data."""
+    state = load_checkpoint(path)
+    was, now = (state["args"]["dataset"], state["data"]), (dataset, fingerprint(data))
+    if was != now:
+        raise InputError(f"{path} was trained on other data: {was[0]} {was[1]}, not {now[0]} {now[1]}; "
+                         "choose another checkpoint, or the --data it was trained on")
+    args = state["args"]
+    model = build(args["model"], data.num_classes, args["image_size"], args["patch_size"])
+    model.load_state_dict(state["model"])
+    return model, state
 
 
 def write_log(path, lines):
@@ -151,37 +173,36 @@ def write_log(path, lines):
 
 def ready_teacher(args, data, device, precision):
     """The frozen teacher in eval mode, trained first if there is none; refused if it does not fit the data.
-    Its accuracy is measured on the very tensors it will guide with."""
+
+    Returns:
+        The network, and for the log its file and its accuracy in % on the very tensors it would guide with.
+    """
     path = Path(args.teacher)
     if args.teacher in CNNS:
         theirs = parse([f"--dataset={args.dataset}", f"--data={args.data}", f"--model={args.teacher}",
                         f"--seed={args.seed}", f"--device={args.device}"]
                        + ([f"--classes={args.classes}"] if args.classes else []))
-        path = Path(theirs.out) / "last.pt"
-        theirs.amp, theirs.compile = args.amp, args.compile
+        path, theirs.amp, theirs.compile = Path(theirs.out) / "last.pt", args.amp, args.compile
+        if path.exists():  # finished, or to be continued as it was begun
+            theirs = argparse.Namespace(**load_checkpoint(path)["args"])
+            theirs.device, theirs.data = args.device, args.data
         theirs.resume = path.with_name("log.jsonl").exists()
         if not path.exists() or len(load_checkpoint(path)["history"]) < theirs.epochs:
             print(f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs")
             run(theirs)
             print()
-    state = load_checkpoint(path)
-    for what, is_now, was in (("data set", args.dataset, state["args"]["dataset"]),
-                              ("number of classes", data.num_classes, state["num_classes"]),
-                              ("image size", TEACHER_SIZE, state["args"]["image_size"])):
-        if is_now != was:
-            raise InputError(f"the teacher {path} has another {what}: {was}, not {is_now}; choose another")
-    teacher = build(state["args"]["model"], data.num_classes, TEACHER_SIZE, state["args"]["patch_size"])
-    if len(teacher.feature_channels) != 3:
-        raise InputError(f"the teacher {path} has {len(teacher.feature_channels)} stages, not 3; "
-                         "choose a resnet56, resnet20 or resnet8")
-    teacher.load_state_dict(state["model"])
+    teacher, state = restore(path, args.dataset, data)
+    name, size, epochs = state["args"]["model"], state["args"]["image_size"], len(state["history"])
+    if size != TEACHER_SIZE or len(teacher.feature_channels) != 3:
+        raise InputError(f"the teacher {path} is a {name} at {size} px, not a small ResNet at 32 px")
     teacher.to(device).requires_grad_(False)
     accuracy = evaluate(teacher, data, args.image_size, precision, as_teacher=True)  # leaves it in eval mode
-    if accuracy < 150 / data.num_classes:
-        raise InputError(f"the teacher {path} is at chance ({accuracy:.1f} %); train it longer, or another")
-    print(f"teacher: {state['args']['model']} of {path}, trained for {len(state['history'])} epochs; it gets "
-          f"{accuracy:.2f} % of the test images right, as it sees them while it guides")
-    return teacher
+    chance = 100 * data.y_test.bincount().max().item() / len(data.y_test)  # always the commonest class
+    if accuracy <= chance:
+        raise InputError(f"the teacher {path} is at chance ({accuracy:.1f} %): train it longer, or another")
+    print(f"teacher: {name} of {path}, trained for {epochs} epochs; it gets {accuracy:.2f} % of the test "
+          "images right, as it sees them while it guides")
+    return teacher, dict(teacher=str(path), teacher_acc=accuracy)
 
 
 def in_words(schedule, epochs, beta, guide_epochs):
@@ -199,7 +220,7 @@ def in_words(schedule, epochs, beta, guide_epochs):
 def provenance(args, device):
     """Where a run comes from: the first line of its log."""
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or a copy outside a repository
         commit = None
@@ -207,6 +228,7 @@ def provenance(args, device):
     return dict(command=" ".join(["python", *sys.argv]), args=vars(args), seed=args.seed, device=str(device),
                 hardware=hardware, threads=torch.get_num_threads(), python=platform.python_version(),
                 torch=str(torch.__version__), torchvision=str(torchvision.__version__),
+                numpy=numpy.__version__, pillow=PIL.__version__,
                 git_commit=commit, started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
 
 
@@ -229,7 +251,8 @@ class Progress:
             self.warm = now  # the first step also sets things up: it does not count
         if self.epoch == 0 and step == 4:
             total = (now - self.warm) / 3 * steps * self.args.epochs
-            print(f"expected time: {timedelta(seconds=round(total))}, less where guidance ends early")
+            until = ", less once guidance ends" if self.beta else ""
+            print(f"expected time: {timedelta(seconds=round(total))}{until}")
             if total > 3 * 3600:
                 print(f"That is long. The same method, made small:{SMALLER}")
         if sys.stdout.isatty():
@@ -246,6 +269,8 @@ def pick_device(name, amp):
         why = "no GPU was found" if name == "cpu" else "a GPU was found"
     try:
         device = torch.zeros(1, device=name).device
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("it is not cpu, cuda or mps")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} does not work here ({reason}); leave it out") from error
@@ -269,40 +294,42 @@ def run(args):
     steps = len(data.x_train) // args.batch_size
     if not steps:
         raise InputError(f"{len(data.x_train)} images do not fill one batch; choose a smaller --batch-size")
-    origin = provenance(args, device)
+    origin = provenance(args, device) | dict(precision=device_in_words)
     if not log.exists():
         write_log(log, [origin])
 
     guided = args.schedule != "none" and args.beta > 0
-    teacher = ready_teacher(args, data, device, precision) if guided else None
+    teacher, about_teacher = ready_teacher(args, data, device, precision) if guided else (None, {})
     torch.manual_seed(args.seed)  # weights, drop path
     generator = torch.Generator().manual_seed(args.seed)  # order of the images, augmentation
-    model = build(args.model, data.num_classes, args.image_size, args.patch_size).to(device)
+    model = build(args.model, data.num_classes, args.image_size, args.patch_size)
+    state = None
+    if last.exists():
+        model, state = restore(last, args.dataset, data)
+        other = [f"{key} was {value}, is {getattr(args, key, None)}" for key, value in state["args"].items()
+                 if value != getattr(args, key, None) and key not in ("resume", "out", "data", "device")]
+        if other:
+            raise InputError(f"{last} was made with other options: {'; '.join(other)}; choose the same")
+    model.to(device)
     guidance = Guidance(model.feature_channels, teacher.feature_channels).to(device) if guided else None
     optimizer = make_optimizer(model, guidance)
     adaptive, guiding, history = AdaptiveStop(), guided, []
-    if last.exists():
-        state = load_checkpoint(last)
-        other = [f"--{key.replace('_', '-')} {value}" for key, value in state["args"].items()
-                 if value != getattr(args, key) and key not in ("resume", "out", "data", "device")]
-        if other:
-            raise InputError(f"{last} was made with other options: continue it with {' '.join(other)}")
-        model.load_state_dict(state["model"])
+    origin |= dict(**about_teacher, parameters=sum(p.numel() for p in model.parameters()), steps=steps)
+    if state:
         if guided:
             guidance.load_state_dict(state["projections"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         torch.set_rng_state(state["rng"])
-        if device.type == "cuda":
+        if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
         origin, history = state["origin"], state["history"]
         guiding, adaptive.history = state["guiding"], state["adaptive"]
         print(f"resumed after epoch {len(history) - 1}")
 
-    parameters = sum(p.numel() for p in model.parameters())
     print(f"data: {args.dataset}, {len(data.x_train)} training and {len(data.x_test)} test images of "
           f"{data.x_train.shape[-1]} px, {data.num_classes} classes\n"
-          f"model: {args.model} at {args.image_size} px, {parameters:,} parameters\n"
+          f"model: {args.model} at {args.image_size} px, {origin['parameters']:,} parameters\n"
           f"training: {args.epochs} epochs of {steps} steps of {args.batch_size} images\n"
           f"device: {device_in_words}\n"
           f"guidance: {in_words(args.schedule, args.epochs, args.beta, args.guide_epochs)}\n"
@@ -318,7 +345,7 @@ def run(args):
             student, teacher, guidance, optimizer, data, beta, args, generator, precision, progress)
         speed = steps * args.batch_size / (time.perf_counter() - progress.started)
         val_acc = evaluate(model, data, args.image_size, precision)
-        if args.schedule == "adaptive" and guiding:
+        if args.schedule == "adaptive" and beta > 0:
             guiding = adaptive.update(loss_guidance)
         seconds = time.perf_counter() - progress.started
         history.append(dict(
@@ -328,7 +355,7 @@ def run(args):
             model=model.state_dict(), projections=guidance.state_dict() if guided else None,
             optimizer=optimizer.state_dict(), generator=generator.get_state(), rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None, guiding=guiding,
-            adaptive=adaptive.history, history=history, origin=origin, num_classes=data.num_classes,
+            adaptive=adaptive.history, history=history, origin=origin, data=fingerprint(data),
             args=vars(args))
         write_whole(last, lambda file, state=state: torch.save(state, file))
         write_log(log, [origin, *history])
@@ -345,13 +372,11 @@ def run(args):
 
 def evaluate_file(args):
     """Prints the accuracy of a checkpoint on the test images of the data set it was trained for."""
-    state = load_checkpoint(args.evaluate)
-    theirs = argparse.Namespace(**state["args"])
+    theirs = argparse.Namespace(**load_checkpoint(args.evaluate)["args"])
     device, precision, _ = pick_device(args.device, args.amp)
-    data = load(theirs.dataset, args.data, theirs.classes, device)
-    model = build(theirs.model, state["num_classes"], theirs.image_size, theirs.patch_size).to(device)
-    model.load_state_dict(state["model"])
-    accuracy = evaluate(model, data, theirs.image_size, precision)
+    data = load(theirs.dataset, theirs.data if args.data == "data" else args.data, theirs.classes, device)
+    model, state = restore(args.evaluate, theirs.dataset, data)
+    accuracy = evaluate(model.to(device), data, theirs.image_size, precision)
     print(f"{args.evaluate}: {theirs.model}, {len(state['history'])} epochs on {theirs.dataset}, val_acc "
           f"{accuracy:.2f} %")
 
@@ -359,12 +384,17 @@ def evaluate_file(args):
 def parse(argv=None):
     """The options. Every one has its value afterwards, so that a run's args say all there is to know."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+
+    def fail(message):  # one line, in place of argparse's twelve
+        raise InputError(f"{message}; see python train.py --help")
+
+    parser.error = fail
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
     add("--dataset", choices=CLASSES, default="glyphs", help="glyphs is generated, the others are real")
     add("--data", default="data", metavar="DIR", help="where data sets and their caches are (default: data)")
     add("--classes", type=int, metavar="K", help="use the first K classes only, for a quick run")
     add("--model", choices=[*TRANSFORMERS, *CNNS], help="default: deit_tiny (glyphs: deit_mini)")
-    add("--schedule", choices=["none", "constant", "early", "adaptive"], default="early", help="of beta")
+    add("--schedule", choices=["none", "constant", "early", "adaptive"], help="of beta (default: early)")
     add("--beta", type=float, default=2.5, help="weight of the guidance loss at the start (default: 2.5)")
     add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (early: a third)")
     add("--teacher", metavar="FILE", help="its last.pt, or its model's name (default: resnet56)")
@@ -391,16 +421,19 @@ def parse(argv=None):
     for key, value in recipe.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.model in CNNS:
-        args.schedule = "none"
-    for key in ("epochs", "batch_size", "image_size", "lr"):
-        if not getattr(args, key) > 0:
-            parser.error(f"--{key.replace('_', '-')} must be above 0, not {getattr(args, key)}")
+    if args.model in CNNS and args.schedule not in (None, "none"):
+        fail(f"{args.model} is a CNN and takes no guidance: leave --schedule out")
+    args.schedule = args.schedule or ("early" if args.model in TRANSFORMERS else "none")
+    if args.teacher == "resnet18":
+        fail("resnet18 is no teacher: choose resnet56, resnet20 or resnet8")
+    for key, least in dict(epochs=1, batch_size=2, image_size=8, patch_size=1, lr=1e-12, seed=0).items():
+        if not (getattr(args, key) is None or least <= getattr(args, key) < 2**63):
+            fail(f"--{key.replace('_', '-')} must be at least {least}, not {getattr(args, key)}")
     try:  # before any teacher is trained
         beta_at(args.schedule, 0, args.epochs, args.beta, args.guide_epochs)
         build(args.model, 2, args.image_size, args.patch_size)
     except ValueError as error:
-        parser.error(str(error))
+        fail(str(error))
     if args.out is None:
         few = [f"{args.classes}classes"] if args.classes else []
         schedule = [args.schedule] if args.model in TRANSFORMERS else []
@@ -409,7 +442,7 @@ def parse(argv=None):
 
 
 def main():
-    """The command line. What the user can mend ends with one line and exit code 1."""
+    """The command line. What the user can mend ends with one line and exit code 1; Ctrl-C with 130."""
     try:
         args = parse()
         evaluate_file(args) if args.evaluate else run(args)
