@@ -46,7 +46,7 @@ GLYPHS_CNN = dict(epochs=5, batch_size=64, lr=0.1, image_size=TEACHER_SIZE, augm
 SMALLER = """
   python train.py --dataset cifar100 --classes 20 --model resnet20 --epochs 20
   python train.py --dataset cifar100 --classes 20 --model deit_mini --image-size 32 --patch-size 4 \\
-      --batch-size 64 --lr 1e-3 --epochs 16 --teacher runs/cifar100-20classes-resnet20-seed0/last.pt"""
+      --batch-size 64 --lr 1e-3 --epochs 16 --teacher resnet20"""
 
 
 def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generator, precision, progress):
@@ -198,7 +198,7 @@ def ready_teacher(args, data, device, precision):
     teacher.to(device).requires_grad_(False)
     accuracy = evaluate(teacher, data, args.image_size, precision, as_teacher=True)  # leaves it in eval mode
     chance = 100 * data.y_test.bincount().max().item() / len(data.y_test)  # always the commonest class
-    if accuracy <= chance:
+    if accuracy < chance + 1:
         raise InputError(f"the teacher {path} is at chance ({accuracy:.1f} %): train it longer, or another")
     print(f"teacher: {name} of {path}, trained for {epochs} epochs; it gets {accuracy:.2f} % of the test "
           "images right, as it sees them while it guides")
@@ -254,7 +254,7 @@ class Progress:
             until = ", less once guidance ends" if self.beta else ""
             print(f"expected time: {timedelta(seconds=round(total))}{until}")
             if total > 3 * 3600:
-                print(f"That is long. The same method, made small:{SMALLER}")
+                print(f"That is long. The same method, small enough for a CPU:{SMALLER}")
         if sys.stdout.isatty():
             speed = step * self.args.batch_size / (now - self.started)
             print(f"epoch {self.epoch}, step {step} of {steps}: loss_cls {loss_cls:.3f}, "
