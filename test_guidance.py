@@ -8,6 +8,8 @@ Images are generated; where a cache data/cifar100.npz is at hand, operations are
 import functools
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 import urllib.error
@@ -1312,3 +1314,26 @@ def test_from_the_shell_an_error_is_one_line_without_a_traceback(tmp_path):
     )
     assert ended.returncode == 1 and ended.stdout == ""
     assert ended.stderr == "error: there is no checkpoint absent.pt: check the name, or train it first\n"
+
+
+def test_a_run_of_days_says_so_after_four_steps_and_names_a_smaller_command(monkeypatch, capsys):
+    progress = train.Progress(train.parse(["--dataset", "cifar100"]), 0, 2.5, 1e-3)
+    clock = iter((100.0, 130.0))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    for step in (1, 4):
+        progress.show(step, 390, torch.zeros(3))
+    told = capsys.readouterr().out  # 10 seconds a step, 390 steps, 300 epochs
+    assert "expected time: 13 days, 13:00:00, less once guidance ends" in told and "That is long" in told
+    for line in train.SMALLER.replace("\\\n", " ").strip().splitlines():
+        train.parse(shlex.split(line)[2:])  # it is a command that exists
+
+
+def test_the_readme_quotes_the_code_and_its_commands_exist():
+    readme, code = (HERE / "README.md").read_text(), (HERE / "guidance.py").read_text().splitlines()
+    quoted = readme.split("```python\n")[1].split("```")[0].splitlines()
+    assert len(quoted) > 6 and all(line in code or line.strip() == "..." for line in quoted)
+    commands = re.findall(r"python train\.py((?: +-[^`\n|]*)?)", readme.replace("\\\n", " "))
+    assert len(commands) >= 9
+    for command in commands:
+        if "--help" not in command and "..." not in command and " S " not in command:
+            train.parse(shlex.split(command))

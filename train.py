@@ -79,7 +79,7 @@ def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generat
         optimizer.step()
         correct = (logits.argmax(dim=1) == labels).float().mean()
         sums += torch.stack((loss_cls, loss_guidance, correct)).detach()
-        if step in (0, 3) or step % 50 == 49 or step == steps - 1:
+        if sums.device.type == "cpu" or step in (0, 3) or step % 50 == 49 or step == steps - 1:
             progress.show(step + 1, steps, sums / (step + 1))
     loss_cls, loss_guidance, accuracy = (sums / steps).tolist()
     return loss_cls, loss_guidance, 100 * accuracy
@@ -334,7 +334,7 @@ def run(args):
           f"device: {device_in_words}\n"
           f"guidance: {in_words(args.schedule, args.epochs, args.beta, args.guide_epochs)}\n"
           f"log and checkpoint: {out}", flush=True)
-    student = torch.compile(model) if args.compile else model
+    student, about_data = torch.compile(model) if args.compile else model, fingerprint(data)
     for epoch in range(len(history), args.epochs):
         beta = beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs) if guiding else 0.0
         lr = lr_at(epoch, args.epochs, args.lr, args.model in TRANSFORMERS)
@@ -355,8 +355,7 @@ def run(args):
             model=model.state_dict(), projections=guidance.state_dict() if guided else None,
             optimizer=optimizer.state_dict(), generator=generator.get_state(), rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None, guiding=guiding,
-            adaptive=adaptive.history, history=history, origin=origin, data=fingerprint(data),
-            args=vars(args))
+            adaptive=adaptive.history, history=history, origin=origin, data=about_data, args=vars(args))
         write_whole(last, lambda file, state=state: torch.save(state, file))
         write_log(log, [origin, *history])
         guidance_now = f"{loss_guidance:.3f}" if beta else "-"
