@@ -433,7 +433,8 @@ def axis_weights(maps, axis, crop, S, size):
 def recolour(x, operation, level, sign):
     """A colour operation on x, float (b, 3, H, W) of whole numbers 0 .. 255; level, sign: (b, 1, 1, 1)."""
     if operation == "AutoContrast":
-        return TF.autocontrast(x.byte()).float()
+        low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
+        return torch.where(high > low, ((x - low) * (255 / (high - low).clamp(min=1))).floor(), x)
     if operation == "Equalize":
         return TF.equalize(x.byte()).float()
     if operation == "Invert":

@@ -438,7 +438,7 @@ def pillow(image, name, u, s):
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("name", OPERATIONS[5:])
 def test_colour_operations_equal_pillows(name, sign):
-    """Tolerance: one level of 255 (Pillow blends in float32 and truncates), and 0.01 levels on average."""
+    """Tolerance: one level of 255 (Pillow blends in float32 and truncates), and 0.01 on average."""
     for level in (0.75, 0.87, 0.93):
         for image in pictures(64):
             amounts = torch.tensor([[level], [sign]]).view(2, 1, 1, 1, 1)
@@ -481,7 +481,7 @@ def test_two_geometric_operations_compose_in_their_order(names):
 
 @pytest.mark.parametrize("stored, size", [(32, 224), (32, 32), (256, 32), (256, 224)])
 def test_crop_and_flip_equal_pillows_bicubic_resize(stored, size):
-    """Enlarged, equal, shrunk. Tolerance: 3 levels of 255 (Pillow rounds between passes), 0.3 on average."""
+    """Enlarged, equal, shrunk. Tolerance: 4 levels of 255 (Pillow rounds between passes), 0.3 on average."""
     top, left, height, width = stored // 5, stored // 8, stored // 2, 2 * stored // 3
     for image in pictures(stored):
         theirs = image.crop((left, top, left + width, top + height)).resize((size, size), Image.BICUBIC)
@@ -492,7 +492,7 @@ def test_crop_and_flip_equal_pillows_bicubic_resize(stored, size):
                 )
             )
             error = np.abs(ours - np.asarray(ImageOps.mirror(theirs) if flip else theirs, dtype=float))
-            assert error.max() <= 3 and error.mean() < 0.3, (error.max(), error.mean())
+            assert error.max() <= 4 and error.mean() < 0.3, (error.max(), error.mean())
 
 
 def test_a_turned_crop_shows_the_same_as_crop_then_turn():
