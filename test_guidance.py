@@ -481,7 +481,7 @@ def test_two_geometric_operations_compose_in_their_order(names):
 
 @pytest.mark.parametrize("stored, size", [(32, 224), (32, 32), (256, 32), (256, 224)])
 def test_crop_and_flip_equal_pillows_bicubic_resize(stored, size):
-    """Enlarged, equal, shrunk. Tolerance: 1 level of 255 where Pillow computes in float32, as we do; in bytes it
+    """Enlarged, equal, shrunk. Tolerance: 1 level where Pillow computes in float32, as we do; in bytes it
     also rounds and clips between its two passes: 4 levels, 0.3 on average."""
     top, left, height, width = stored // 5, stored // 8, stored // 2, 2 * stored // 3
     box = (left, top, left + width, top + height)
