@@ -3,13 +3,14 @@
 A tiny data set is one uint8 tensor (N, 3, S, S) and its labels: no DataLoader, no workers. Decoded sets are
 cached as <root>/<name>.npz, and a cache that is there is used without asking the network.
 
-`augment` is the recipe of DeiT and the LG code: random resized crop, flip, RandAugment rand-m9-mstd0.5-inc1
-(timm's; much stronger than torchvision's magnitude 9), random erasing. Its steps:
+`batches` is an epoch. `augment` is the recipe of DeiT and the LG code: random resized crop, flip, RandAugment
+rand-m9-mstd0.5-inc1 (timm's; much stronger than torchvision's magnitude 9), random erasing. Its steps:
 
-    draw      all random choices of the batch, on the CPU, from one seeded generator: the same on every
+    draw      all random choices of the epoch, on the CPU, from one seeded generator: the same on every
               device, and as the host knows which image gets which operation, nothing waits for the device
-    resample  crop, flip, translation, rotation and shear are one map to the stored pixels, sampled once
-    recolour  each colour operation at once on the images that drew it, with a parameter for each image
+    resample  crop, resize and flip: each axis by itself, so two small matrix products for the whole batch
+    move,     an operation that moves or changes colours, at once on the images that drew it, each with a
+    recolour  parameter of its own
 """
 
 import json
@@ -18,6 +19,7 @@ import os
 import random
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -281,8 +283,10 @@ OPERATIONS = (
     "Brightness",    # the same, base: black
     "Sharpness",     # the same, base: the smoothed image
 )
-ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(5)
-FILL = tuple(round(255 * mean) for mean in MEAN)  # what geometry brings in from outside the image
+MOVES = OPERATIONS[:5]
+FILL = tuple(round(255 * mean) for mean in MEAN)  # what they bring in from outside the image
+# Bytes of images augmented at once: what a CPU's cache holds; for a GPU several batches, to launch less often.
+AT_ONCE = {"cpu": 2**25, "cuda": 2**29, "mps": 2**28}
 
 
 class Draws(NamedTuple):
@@ -293,10 +297,14 @@ class Draws(NamedTuple):
     level: torch.Tensor      # (n, 2) u
     sign: torch.Tensor       # (n, 2) s
     erase: torch.Tensor      # (n, 4) in pixels of the output; all 0: nothing is erased
+    noise: torch.Tensor      # (n, 2) the corner of the noise that is put there, in a field of twice the size
 
 
 def draw(n, stored, size, generator, strength="strong"):
-    """Draws for n images of side `stored` that become `size`; `strength` as in `augment`."""
+    """Draws for n images of side `stored` that become `size`. "strong" is the recipe; "weak" a crop of at
+    least half the area and a flip."""
+    if strength not in ("strong", "weak"):
+        raise ValueError(f"strength must be 'strong' or 'weak', got {strength!r}")
     smallest, operate, erase = (0.08, 0.5, 0.25) if strength == "strong" else (0.5, 0.0, 0.0)
     crop = draw_boxes(n, stored, smallest, 1.0, 3 / 4, generator)
     box = draw_boxes(n, size, 0.02, 1 / 3, 0.3, generator)
@@ -304,7 +312,8 @@ def draw(n, stored, size, generator, strength="strong"):
     operation = torch.randint(len(OPERATIONS), (n, 2), generator=generator)
     level = (0.9 + 0.05 * torch.randn(n, 2, generator=generator)).clamp(0, 1)  # m9, mstd0.5, of 10
     return Draws(crop, chance[0] < 0.5, torch.where(chance[1:3].T < operate, operation, -1), level,
-                 torch.where(chance[3:5].T < 0.5, -1.0, 1.0), torch.where(chance[5, :, None] < erase, box, 0))
+                 torch.where(chance[3:5].T < 0.5, -1.0, 1.0), torch.where(chance[5, :, None] < erase, box, 0),
+                 torch.randint(size + 1, (n, 2), generator=generator))
 
 
 def draw_boxes(n, side, smallest, largest, ratio, generator):
@@ -319,43 +328,71 @@ def draw_boxes(n, side, smallest, largest, ratio, generator):
     return torch.cat((corner, shape), dim=1)
 
 
-def augment(images, size, generator, strength="strong"):
-    """The training augmentation, drawn for each image by itself.
+def batches(x, y, batch_size, size, generator, strength="strong"):
+    """One epoch of training batches, shuffled and augmented; the last partial batch is dropped.
 
     Args:
-        images: uint8 (B, 3, S, S), on any device.
-        size: side of the result, in pixels.
+        x, y: images uint8 (N, 3, S, S) and labels (N,), on any device.
+        size: side of the augmented images, in pixels.
         generator: a torch.Generator on the CPU, the only source of randomness.
-        strength: "strong" is the recipe; "weak" is a crop of at least half the area and a flip.
+        strength: as in `draw`.
+
+    Yields:
+        images float32 (batch_size, 3, size, size), labels (batch_size,), on the device of x and y.
+    """
+    used = len(x) // batch_size * batch_size
+    order = torch.randperm(len(x), generator=generator)[:used].to(x.device)
+    draws = draw(used, x.shape[-1], size, generator, strength)
+    noise = torch.randn(3, 2 * size, 2 * size, generator=generator).to(x.device)
+    at_once = max(1, AT_ONCE[x.device.type] // (12 * size**2) // batch_size) * batch_size
+    for start in range(0, used, at_once):
+        chosen = slice(start, start + at_once)
+        images = augment(x[order[chosen]], size, Draws(*map(itemgetter(chosen), draws)), noise)
+        yield from zip(images.split(batch_size), y[order[chosen]].split(batch_size))
+
+
+def augment(images, size, draws, noise):
+    """Applies `draws` to the images, each by itself.
+
+    Args:
+        images: uint8 (n, 3, S, S), on any device.
+        size: side of the result, in pixels.
+        draws: what `draw` gave for these images.
+        noise: standard normal (3, 2 size, 2 size), on the device; what is erased shows a part of it.
 
     Returns:
-        float32 (B, 3, size, size), normalised with ImageNet's mean and standard deviation.
+        float32 (n, 3, size, size), normalised with ImageNet's mean and standard deviation.
     """
-    B, _, S, S_too = images.shape
-    if images.dtype != torch.uint8 or images.shape[1:] != (3, S, S) or generator.device.type != "cpu":
-        raise ValueError("expected uint8 images (B, 3, S, S) and a generator on the CPU, got "
-                         f"{images.dtype} {tuple(images.shape)} and one on {generator.device}")
+    n, _, S, S_too = images.shape
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, S, S) or len(draws.flip) != n:
+        raise ValueError(f"expected uint8 images (B, 3, S, S) and as many draws, got {images.dtype} "
+                         f"{tuple(images.shape)} and {len(draws.flip)}")
     if size < 3:
         raise ValueError(f"size must be at least 3 pixels, got {size}")
-    if strength not in ("strong", "weak"):
-        raise ValueError(f"strength must be 'strong' or 'weak', got {strength!r}")
-    draws, device = draw(B, S, size, generator, strength), images.device
-    noise = torch.Generator(device).manual_seed(torch.randint(2**62, (), generator=generator).item())
-    x = resample(images, size, draws)  # whole numbers 0 .. 255
-    for slot in range(2):
-        for operation in range(TRANSLATE_Y + 1, len(OPERATIONS)):
-            chosen = (draws.operation[:, slot] == operation).nonzero()[:, 0]
-            if len(chosen):
-                level, sign = torch.stack((draws.level, draws.sign))[:, chosen, slot, None, None, None].to(
-                    device, non_blocking=True)
-                chosen = chosen.to(device, non_blocking=True)
-                x[chosen] = recolour(x[chosen], OPERATIONS[operation], level, sign)
+    device = images.device
     mean, std = torch.tensor((MEAN, STD)).view(2, 3, 1, 1).to(device, non_blocking=True)
-    x = (x / 255 - mean) / std
+    result = torch.empty(n, 3, size, size, device=device)
+    at_once = max(1, AT_ONCE[device.type] // (12 * size**2))
+    for start in range(0, n, at_once):
+        part = slice(start, start + at_once)
+        x = resample(images[part], size, draws.crop[part], draws.flip[part])  # whole numbers 0 .. 255
+        for slot in range(2):
+            for i, operation in enumerate(OPERATIONS):
+                chosen = (draws.operation[part, slot] == i).nonzero()[:, 0]
+                if len(chosen):
+                    level, sign = torch.stack((draws.level[part], draws.sign[part]))[:, chosen, slot].to(
+                        device, non_blocking=True)[..., None, None, None]
+                    chosen = chosen.to(device, non_blocking=True)
+                    if operation in MOVES:
+                        x[chosen] = move(x[chosen], operation, level * sign, enlarged=size >= 2 * S)
+                    else:
+                        x[chosen] = recolour(x[chosen], operation, level, sign)
+        torch.addcmul(-mean / std, x, 1 / (255 * std), out=result[part])
     for i in draws.erase[:, 2].nonzero()[:, 0].tolist():
-        top, left, height, width = draws.erase[i].int().tolist()
-        x[i, :, top : top + height, left : left + width].normal_(generator=noise)
-    return x
+        top, left, height, width, *corner = [*draws.erase[i].int().tolist(), *draws.noise[i].tolist()]
+        result[i, :, top : top + height, left : left + width] = noise[
+            :, corner[0] : corner[0] + height, corner[1] : corner[1] + width]
+    return result
 
 
 def prepare(images, size):
@@ -363,71 +400,51 @@ def prepare(images, size):
     return TF.normalize(TF.resize(images, [size, size], antialias=True) / 255, MEAN, STD)
 
 
-def resample(images, size, draws):
-    """Crop, flip and geometry in one: uint8 (B, 3, S, S) -> whole numbers 0 .. 255, (B, 3, size, size).
+def resample(images, size, crop, flip):
+    """Crop, bicubic resize as Pillow's, flip: uint8 (n, 3, S, S) -> whole numbers, (n, 3, size, size).
 
-    Crop, flip and translation act on each axis by itself, so bicubic resampling, as Pillow does it, is two
-    small matrix products. Rotation and shear mix the axes: a fifth of the images is sampled point by point.
+    Each axis is resampled by itself, so for a batch it is two small matrix products: the weights of the
+    stored pixels for each output pixel are Keys' cubic, a = -1/2, widened where the image shrinks.
     """
-    B, _, S, _ = images.shape
-    maps = undo(draws, S).to(images.device, non_blocking=True)  # (3, B, 3, 3)
-    crop = draws.crop.to(images.device, non_blocking=True)
-    fill = torch.tensor(FILL, dtype=torch.float32).view(3, 1, 1).to(images.device, non_blocking=True)
-    rows = axis_weights(maps[:, :, 1], 1, crop, S, size)  # (B, size, S)
-    columns = axis_weights(maps[:, :, 0], 0, crop, S, size)  # (B, size, S)
-    # taking the fill off and adding it again gives it to every pixel whose weights are all 0
-    x = (images - fill).reshape(B, 3 * S, S) @ columns.mT  # (B, 3 S, size)
-    x = rows[:, None] @ x.view(B, 3, S, size) + fill  # (B, 1, size, S) @ (B, 3, S, size)
-
-    turned = ((draws.operation >= ROTATE) & (draws.operation <= SHEAR_Y)).any(dim=1).nonzero()[:, 0]
-    if len(turned):
-        turned, k = turned.to(images.device, non_blocking=True), max(1, round(S / size))
-        shape = (3 * len(turned), 3, k * size, k * size)  # k x k samples for a pixel where the image shrinks
-        grids = F.affine_grid(maps[:, turned, :2].flatten(0, 1), shape, align_corners=False)
-        second, first, source = grids.chunk(3)  # (b, k size, k size, 2) each
-        inside = ((second.abs() < 1) & (first.abs() < 1)).all(dim=3)[:, None]
-        samples = F.grid_sample(images[turned].float(), source, "bicubic", "border", align_corners=False)
-        x[turned] = F.avg_pool2d(torch.where(inside, samples.clamp(0, 255), fill), k)
-    return x.round_().clamp_(0, 255)
-
-
-def undo(draws, S):
-    """Where output points come from: (3, B, 3, 3) maps of (x, y, 1), x and y from -1 to 1 across the image.
-
-    The first leads to before the second operation, the next to before the first, the last to what is stored.
-    """
-    maps = torch.eye(3).repeat(3, len(draws.flip), 1, 1)
-    strongest = torch.tensor([math.radians(30), 0.3, 0.3, 2 * 0.45, 2 * 0.45])  # in the order of OPERATIONS
-    for i, slot in ((0, 1), (1, 0)):
-        amount = strongest[:, None] * (draws.level * draws.sign)[:, slot]  # (5, B)
-        chosen = torch.arange(5)[:, None] == draws.operation[:, slot]
-        angle, shear_x, shear_y, shift_x, shift_y = torch.where(chosen, amount, 0)
-        maps[i, :, 0] = torch.stack((angle.cos(), shear_x - angle.sin(), shear_x + shift_x), dim=1)
-        maps[i, :, 1] = torch.stack((angle.sin() + shear_y, angle.cos(), shear_y + shift_y), dim=1)
-    top, left, height, width = draws.crop.T / S
-    maps[2, :, 0, 0], maps[2, :, 0, 2] = torch.where(draws.flip, -width, width), 2 * left + width - 1
-    maps[2, :, 1, 1], maps[2, :, 1, 2] = height, 2 * top + height - 1
-    maps[1] = maps[1] @ maps[0]
-    maps[2] = maps[2] @ maps[1]
-    return maps
-
-
-def axis_weights(maps, axis, crop, S, size):
-    """Weights (B, size, S) of the stored pixels along one axis (0: x, 1: y) for each output pixel.
-
-    maps (3, B, 3): that axis' row of `undo`. Keys' cubic, a = -1/2, widened where the image shrinks, cut at
-    the crop; all 0 where an operation brings in what is outside the image.
-    """
-    point = (torch.arange(size, device=crop.device) + 0.5) * (2 / size) - 1
-    second, first, source = maps[:, :, axis, None] * point + maps[:, :, 2, None]  # (B, size) each, -1 to 1
-    scale = maps[2, :, axis].abs()[:, None, None] * (S / size)  # stored pixels to an output pixel
-    start, length = crop[:, 1 - axis, None, None], crop[:, 3 - axis, None, None]
-    pixel = torch.arange(S, device=crop.device) + 0.5
-    d = ((pixel - (source + 1)[..., None] * (S / 2)) / scale.clamp(min=1)).abs()  # (B, size, S)
+    n, _, S, _ = images.shape
+    start, length = crop.to(images.device, non_blocking=True)[..., None, None].chunk(2, dim=1)  # (n, 2, 1, 1)
+    flip = flip.to(images.device, non_blocking=True)[:, None, None]
+    pixel = torch.arange(S, device=images.device) + 0.5
+    point = torch.arange(size, device=images.device) + 0.5
+    scale = length / size  # stored pixels to an output pixel
+    d = ((pixel - (start + scale * point[:, None])) / scale.clamp(min=1)).abs_().clamp_(max=2)
+    d.masked_fill_((pixel < start) | (pixel > start + length), 2)  # (n, 2, size, S); the weight at 2 is 0
     weights = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2)
-    weights *= (d < 2) & (pixel > start) & (pixel < start + length)
-    inside = (second.abs() < 1) & (first.abs() < 1)
-    return weights * (inside / weights.sum(dim=2).clamp(min=1e-6))[..., None]
+    rows, columns = (weights / weights.sum(dim=3, keepdim=True)).unbind(dim=1)  # (n, size, S) each
+    columns = torch.where(flip, columns.flip(1), columns)
+    x = images.float().reshape(n, 3 * S, S) @ columns.mT  # (n, 3 S, size)
+    x = x.round_().clamp_(0, 255).view(n, 3, S, size)
+    return (rows[:, None] @ x).round_().clamp_(0, 255)  # (n, 1, size, S) @ (n, 3, S, size)
+
+
+def move(x, operation, amount, enlarged):
+    """An operation that moves pixels on x, float (b, 3, S, S), 0 .. 255; amount = u s: (b, 1, 1, 1)."""
+    S, amount = x.shape[-1], amount[:, 0]  # (b, 1, 1)
+    across = (torch.arange(S, device=x.device) + 0.5) * (2 / S) - 1  # (S,) from -1 to 1
+    down = across[:, None]  # (S, 1)
+    from_x, from_y = across.expand(S, S), down.expand(S, S)  # where an output pixel comes from
+    if operation == "Rotate":
+        cos, sin = (amount * math.radians(30)).cos(), (amount * math.radians(30)).sin()
+        from_x, from_y = cos * across - sin * down, sin * across + cos * down  # (b, S, S)
+    elif operation == "ShearX":
+        from_x = across + 0.3 * amount * (down + 1)
+    elif operation == "ShearY":
+        from_y = down + 0.3 * amount * (across + 1)
+    elif operation == "TranslateX":
+        from_x = from_x + 2 * 0.45 * amount
+    else:
+        from_y = from_y + 2 * 0.45 * amount
+    grid = torch.stack(torch.broadcast_tensors(from_x, from_y), dim=3)  # (b, S, S, 2)
+    inside = (grid.abs() < 1).all(dim=3)[:, None]
+    mode = "bilinear" if enlarged else "bicubic"  # a smooth image gains nothing from bicubic, at 4 times the cost
+    x = F.grid_sample(x, grid, mode, "border", align_corners=False)
+    fill = torch.tensor(FILL, dtype=torch.float32).view(3, 1, 1).to(x.device, non_blocking=True)
+    return torch.where(inside, x, fill).round_().clamp_(0, 255)
 
 
 def recolour(x, operation, level, sign):

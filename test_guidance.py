@@ -27,7 +27,20 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import data
 import train
-from data import OPERATIONS, Data, Draws, InputError, augment, draw, load, prepare, recolour, resample
+from data import (
+    MOVES,
+    OPERATIONS,
+    Data,
+    InputError,
+    augment,
+    batches,
+    draw,
+    load,
+    move,
+    prepare,
+    recolour,
+    resample,
+)
 from guidance import AdaptiveStop, Guidance, beta_at
 from model import VisionTransformer, deit_mini, deit_tiny
 from teacher import resnet8, resnet18, resnet56
@@ -395,18 +408,6 @@ def to_array(x):
     return x[0].permute(1, 2, 0).numpy()
 
 
-def draws_for(side, operations=(), level=0.9, sign=1.0, crop=None, flip=False):
-    indices = [OPERATIONS.index(name) for name in operations] + [-1] * (2 - len(operations))
-    return Draws(
-        torch.tensor([crop or (0, 0, side, side)], dtype=torch.float32),
-        torch.tensor([flip]),
-        torch.tensor([indices]),
-        torch.full((1, 2), level),
-        torch.full((1, 2), sign),
-        torch.zeros(1, 4),
-    )
-
-
 def pillow(image, name, u, s):
     """RandAugment's operations as timm writes them for Pillow, with the formulas of method.md, section 3."""
     weight, (width, height) = max(0.1, 1 + 0.9 * u * s), image.size
@@ -430,7 +431,7 @@ def pillow(image, name, u, s):
         "AutoContrast": ImageOps.autocontrast,
         "Equalize": ImageOps.equalize,
         "Invert": ImageOps.invert,
-        "Posterize": lambda im: ImageOps.posterize(im, 4 - int(4 * u)),
+        "Posterize": lambda im: im.point([i & (0xF00 >> 4 - int(4 * u)) & 0xFF for i in range(256)] * 3),
         "Solarize": lambda im: ImageOps.solarize(im, 256 - int(256 * u)),
     }[name](image)
 
@@ -448,76 +449,34 @@ def test_colour_operations_equal_pillows(name, sign):
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("name", OPERATIONS[:5])
+@pytest.mark.parametrize("name", MOVES)
 def test_geometric_operations_equal_pillows(name, sign):
-    """Tolerance: 2 levels of 255 on average (bicubic, a = -1/2 or -3/4 here, -1 in Pillow); fill alike."""
-    for image in pictures(64):
-        ours = to_array(resample(to_tensor(image), 64, draws_for(64, [name], sign=sign)))
-        theirs = np.asarray(pillow(image, name, 0.9, sign), dtype=float)
-        fill = (theirs == (124, 116, 104)).all(axis=2)
-        assert 0.02 < fill.mean() < 0.5 and (ours[fill] == (124, 116, 104)).mean() > 0.97
-        assert np.abs(ours - theirs).mean() < 2, np.abs(ours - theirs).mean()
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("Rotate", "TranslateX"),
-        ("TranslateY", "ShearX"),
-        ("TranslateX", "TranslateX"),
-        ("TranslateX", "TranslateY"),
-        ("ShearY", "Rotate"),
-    ],
-)
-def test_two_geometric_operations_compose_in_their_order(names):
-    """One resampling against Pillow's two in a row, on a smooth image: 2 levels on average; cuts alike."""
-    image = pictures(64)[0]
-    ours = to_array(resample(to_tensor(image), 64, draws_for(64, names, level=0.8)))
-    theirs = np.asarray(pillow(pillow(image, names[0], 0.8, 1.0), names[1], 0.8, 1.0), dtype=float)
-    fill = (theirs == (124, 116, 104)).all(axis=2)
-    assert (ours[fill] == (124, 116, 104)).mean() > 0.95
-    assert np.abs(ours - theirs).mean() < 2, np.abs(ours - theirs).mean()
+    """Fill alike; 2 levels of 255 on average where both are bicubic (a = -3/4 here, -1 in Pillow), and 1 where
+    ours is bilinear, on an image that was enlarged sevenfold."""
+    amount = torch.full((1, 1, 1, 1), 0.9 * sign)
+    for enlarged, tolerance in ((False, 2), (True, 1)):
+        for image in pictures(32 if enlarged else 64):
+            image = image.resize((224, 224), Image.BICUBIC) if enlarged else image
+            ours = to_array(move(to_tensor(image).float(), name, amount, enlarged))
+            theirs = np.asarray(pillow(image, name, 0.9, sign), dtype=float)
+            fill = (theirs == (124, 116, 104)).all(axis=2)
+            assert 0.02 < fill.mean() < 0.5 and (ours[fill] == (124, 116, 104)).mean() > 0.97
+            error = np.abs(ours - theirs)
+            assert error.mean() < tolerance, (enlarged, error.mean())
 
 
 @pytest.mark.parametrize("stored, size", [(32, 224), (32, 32), (256, 32), (256, 224)])
 def test_crop_and_flip_equal_pillows_bicubic_resize(stored, size):
-    """Enlarged, equal, shrunk. Tolerance: 1 level where Pillow computes in float32, as we do; in bytes it
-    also rounds and clips between its two passes: 4 levels, 0.3 on average."""
+    """Enlarged, equal, shrunk. Tolerance: 1 level of 255 (Pillow computes in whole numbers), 0.05 on average."""
     top, left, height, width = stored // 5, stored // 8, stored // 2, 2 * stored // 3
-    box = (left, top, left + width, top + height)
+    crop = torch.tensor([[top, left, height, width]], dtype=torch.float32)
     for image in pictures(stored):
-        bytewise = np.asarray(image.crop(box).resize((size, size), Image.BICUBIC), dtype=float)
-        channels = [band.convert("F").crop(box).resize((size, size), Image.BICUBIC) for band in image.split()]
-        exact = np.stack(channels, axis=2).clip(0, 255).round()
+        cut = image.crop((left, top, left + width, top + height))
+        theirs = np.asarray(cut.resize((size, size), Image.BICUBIC), dtype=float)
         for flip in (False, True):
-            draws = draws_for(stored, crop=(top, left, height, width), flip=flip)
-            ours = to_array(resample(to_tensor(image), size, draws))
-            ours = ours[:, ::-1] if flip else ours
-            error, rounding = np.abs(ours - exact), np.abs(ours - bytewise)
-            assert error.max() <= 1 and error.mean() < 0.001, (error.max(), error.mean())
-            assert rounding.max() <= 4 and rounding.mean() < 0.3, (rounding.max(), rounding.mean())
-
-
-def test_a_turned_crop_shows_the_same_as_crop_then_turn():
-    """Rotation of an enlarged and of a shrunk crop against Pillow's crop, resize, rotate: 3 levels of 255 on
-    average, away from the crop's edge."""
-    for stored, size in ((32, 224), (256, 32)):
-        box = (stored // 8, stored // 8, 3 * stored // 4, 3 * stored // 4)
-        image = pictures(stored)[0]
-        crop = image.crop((box[1], box[0], box[1] + box[3], box[0] + box[2])).resize(
-            (size, size), Image.BICUBIC
-        )
-        for flip in (False, True):
-            theirs = pillow(ImageOps.mirror(crop) if flip else crop, "Rotate", 0.9, 1.0)
-            ours = to_array(
-                resample(to_tensor(image), size, draws_for(stored, ["Rotate"], crop=box, flip=flip))
-            )
-            middle = slice(size // 4, 3 * size // 4)
-            assert np.abs(ours - np.asarray(theirs, dtype=float))[middle, middle].mean() < 3
-    # pixel noise shrunk sixfold: its spread of 74 levels must average out, to about 12
-    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (256, 256, 3), dtype=np.uint8))
-    turned = resample(to_tensor(noise), 32, draws_for(256, ["Rotate"], crop=(32, 32, 192, 192)))
-    assert turned[:, :, 10:22, 10:22].std() < 25
+            ours = to_array(resample(to_tensor(image), size, crop, torch.tensor([flip])))
+            error = np.abs((ours[:, ::-1] if flip else ours) - theirs)
+            assert error.max() <= 1 and error.mean() < 0.05, (error.max(), error.mean())
 
 
 @pytest.mark.parametrize("stored, size", [(32, 224), (256, 224), (64, 32)])
@@ -593,46 +552,65 @@ def test_weak_augmentation_only_crops_mildly_and_flips():
     assert (draws.crop[:, 2] * draws.crop[:, 3]).min() / 64**2 > 0.47
 
 
-def test_augment_does_what_its_draws_say_image_by_image():
-    """Each image of a mixed batch equals the same image put through its draws alone; erased: N(0, 1)."""
-    x, size = load("glyphs").x_train[:96], 64
-    augmented = augment(x, size, torch.Generator().manual_seed(3))
-    draws = draw(96, 64, size, torch.Generator().manual_seed(3))
-    assert augmented.shape == (96, 3, size, size) and augmented.dtype == torch.float32
-    erased = []
-    for i in range(96):
-        one = Draws(*(part[i : i + 1] for part in draws))
-        expected = resample(x[i : i + 1], size, one)
-        for slot in (0, 1):
-            name = OPERATIONS[one.operation[0, slot]]
-            if one.operation[0, slot] >= 5:
-                expected = recolour(
-                    expected, name, one.level[:, slot].view(1, 1, 1, 1), one.sign[:, slot].view(1, 1, 1, 1)
-                )
-        expected = (expected / 255 - torch.tensor(data.MEAN).view(3, 1, 1)) / torch.tensor(data.STD).view(
-            3, 1, 1
-        )
-        top, left, height, width = one.erase[0].int().tolist()
-        inside = torch.zeros(size, size, dtype=torch.bool)
-        inside[top : top + height, left : left + width] = True
-        torch.testing.assert_close(augmented[i, :, ~inside], expected[0, :, ~inside], atol=0.05, rtol=0)
-        erased.append(augmented[i, :, inside].flatten())
-    noise = torch.cat(erased)
-    assert len(noise) > 10_000 and abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
+@pytest.mark.parametrize("stored, size", [(32, 224), (64, 64), (96, 64)])
+def test_the_whole_augmentation_equals_pillows_image_by_image(stored, size):
+    """Pillow, told the same random choices: crop, resize, flip, two operations in their order. Half of the
+    images within 0.01 levels of 255 on average, 9 of 10 within 0.6."""
+    n, field = 120, torch.randn(3, 2 * size, 2 * size, generator=torch.Generator().manual_seed(1))
+    images = [pictures(stored)[i % len(small_pictures())] for i in range(n)]
+    draws = draw(n, stored, size, torch.Generator().manual_seed(3))
+    augmented = augment(torch.cat([to_tensor(image) for image in images]), size, draws, field)
+    assert augmented.shape == (n, 3, size, size) and augmented.dtype == torch.float32
+    levels = 255 * (augmented * torch.tensor(data.STD).view(3, 1, 1) + torch.tensor(data.MEAN).view(3, 1, 1))
+    errors = []
+    for i, image in enumerate(images):
+        top, left, height, width = draws.crop[i].int().tolist()
+        image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.BICUBIC)
+        image = ImageOps.mirror(image) if draws.flip[i] else image
+        for operation, u, s in zip(draws.operation[i].tolist(), draws.level[i], draws.sign[i]):
+            if operation >= 0:
+                image = pillow(image, OPERATIONS[operation], u.item(), s.item())
+        top, left, height, width = draws.erase[i].int().tolist()
+        kept = np.ones((size, size), dtype=bool)
+        kept[top : top + height, left : left + width] = False
+        errors.append(np.abs(levels[i].permute(1, 2, 0).numpy() - np.asarray(image, dtype=float))[kept].mean())
+        down, right = draws.noise[i].tolist()
+        noise = field[:, down : down + height, right : right + width]
+        assert torch.equal(augmented[i, :, top : top + height, left : left + width], noise)
+    assert np.median(errors) < 0.01 and np.quantile(errors, 0.9) < 0.6, np.quantile(errors, [0.5, 0.9, 1])
 
 
-def test_augmentation_is_drawn_from_its_generator_alone():
-    x = load("glyphs").x_train[:16]
-    first = augment(x, 32, torch.Generator().manual_seed(5))
+def test_an_epoch_shows_every_image_once_with_its_label_and_its_own_augmentation(monkeypatch):
+    """Whatever the number of images augmented at once, and from the generator alone."""
+    x = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 3, 8, 8).contiguous()  # plain greys
+
+    def epoch(seed, strength="strong", x=x, size=32):
+        return list(batches(x, torch.arange(50), 16, size, torch.Generator().manual_seed(seed), strength))
+
+    plain = epoch(0, "weak")  # crop and flip leave a plain image as it is
+    assert [len(images) for images, _ in plain] == [16, 16, 16]  # the last two are dropped
+    shown = torch.cat([labels for _, labels in plain])
+    assert len(set(shown.tolist())) == 48 and shown.tolist() != sorted(shown.tolist())
+    for images, labels in plain:
+        grey = 255 * (images[:, 0, 0, 0] * data.STD[0] + data.MEAN[0])
+        torch.testing.assert_close(grey, labels.float(), atol=0.01, rtol=0)
+
+    x = load("glyphs").x_train[:1, :, 16:48, 16:48].repeat(50, 1, 1, 1)  # one image fifty times
+    first = epoch(5, x=x)
+    assert len({image.numpy().tobytes() for images, _ in first for image in images}) >= 45
     torch.manual_seed(99), np.random.seed(99)
-    assert torch.equal(first, augment(x, 32, torch.Generator().manual_seed(5)))
-    assert not torch.equal(first, augment(x, 32, torch.Generator().manual_seed(6)))
-    same = augment(x[:1].repeat(8, 1, 1, 1), 32, torch.Generator().manual_seed(5))
-    assert len({image.numpy().tobytes() for image in same}) == 8  # one image eight times: eight augmentations
-    with pytest.raises(ValueError, match="uint8"):
-        augment(x.float(), 32, torch.Generator())
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, epoch(5, x=x)))
+    assert not torch.equal(first[0][0], epoch(6, x=x)[0][0])
+    monkeypatch.setitem(data.AT_ONCE, "cpu", 5 * 12 * 32**2)  # five images at once instead of all
+    for (a, _), (b, _) in zip(first, epoch(5, x=x)):
+        torch.testing.assert_close(a, b, atol=0.05, rtol=0)  # a rounding may fall the other way
+    noise = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(1))
+    draws = draw(50, 64, 32, torch.Generator())
+    for wrong in (x.float(), x[:, :1], x[:9]):
+        with pytest.raises(ValueError, match="uint8 images"):
+            augment(wrong, 32, draws, noise)
     with pytest.raises(ValueError, match="strength"):
-        augment(x, 32, torch.Generator(), "mild")
+        epoch(0, "mild")
 
 
 # ------------------------------------------------------------------------------------------- data sets
@@ -915,14 +893,12 @@ class Uncallable(nn.Module):
 
 
 def plain_loop(parts, loss_of):
-    """The same epoch written out: random order, whole batches of 16."""
+    """The same epoch written out."""
     student, _, _, optimizer, few, _, args, generator, _, _ = parts
     student.train()
-    order = torch.randperm(40, generator=generator)
-    for batch in (order[:16], order[16:32]):
-        images = augment(few.x_train[batch], 32, generator, args.augment)
+    for images, labels in batches(few.x_train, few.y_train, 16, 32, generator, args.augment):
         optimizer.zero_grad()
-        loss_of(images, few.y_train[batch]).backward()
+        loss_of(images, labels).backward()
         optimizer.step()
 
 
@@ -1387,4 +1363,4 @@ def test_transparency_shows_white_and_every_format_of_pillow_counts(tmp_path):
 
 def test_augment_refuses_a_result_too_small_for_its_operations():
     with pytest.raises(ValueError, match="at least 3 pixels"):
-        augment(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 2, torch.Generator())
+        list(batches(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2), 2, 2, torch.Generator()))

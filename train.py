@@ -10,6 +10,7 @@ folder holds log.jsonl (a line on where the run comes from, then one per epoch) 
 """
 
 import argparse
+import ctypes
 import json
 import math
 import platform
@@ -18,6 +19,7 @@ import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from zlib import crc32
 
@@ -27,7 +29,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from data import CLASSES, InputError, augment, load, prepare, write_whole
+from data import CLASSES, InputError, batches, load, prepare, write_whole
 from guidance import AdaptiveStop, Guidance, beta_at
 from model import deit_mini, deit_tiny
 from teacher import resnet8, resnet18, resnet20, resnet56
@@ -58,13 +60,10 @@ def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generat
         Means over the epoch: cross-entropy, guidance loss (0 where beta is), accuracy in %.
     """
     student.train()
-    order = torch.randperm(len(data.x_train), generator=generator).to(data.x_train.device)
-    steps = len(order) // args.batch_size  # the last partial batch is dropped
-    sums = torch.zeros(3, device=order.device)  # on the device: the host waits only where it reads them
-    for step in range(steps):
-        batch = order[step * args.batch_size : (step + 1) * args.batch_size]
-        images = augment(data.x_train[batch], args.image_size, generator, args.augment)  # (B, 3, S, S)
-        labels = data.y_train[batch]  # (B,)
+    steps = len(data.x_train) // args.batch_size  # the last partial batch is dropped
+    sums = torch.zeros(3, device=data.x_train.device)  # so that the host waits only where it reads them
+    epoch = batches(data.x_train, data.y_train, args.batch_size, args.image_size, generator, args.augment)
+    for step, (images, labels) in enumerate(epoch):  # (B, 3, S, S), (B,)
         with precision:
             logits, features = student(images)  # (B, classes), three of (B, D, S / patch, S / patch)
             loss_cls = F.cross_entropy(logits, labels)
@@ -90,7 +89,7 @@ def evaluate(model, data, image_size, precision, as_teacher=False):
     """Accuracy in % on the test images prepared at image_size, or `as_teacher` sees them while it guides."""
     model.eval()
     correct = torch.zeros((), device=data.x_test.device)
-    for images, labels in zip(data.x_test.split(250), data.y_test.split(250)):
+    for images, labels in zip(data.x_test.split(500), data.y_test.split(500)):
         images = prepare(images, image_size)
         if as_teacher:
             images = F.interpolate(images, TEACHER_SIZE, mode="bilinear")
@@ -110,7 +109,7 @@ def lr_at(epoch, epochs, peak, transformer):
     return peak * (0.01 + 0.99 * cosine) * (0.001 + 0.999 * warm_up)
 
 
-def make_optimizer(model, guidance):
+def make_optimizer(model, guidance, fused=True):
     """AdamW for a transformer with its projections (None: no guidance), SGD with Nesterov momentum for a CNN.
     Norms, biases, the cls token and the positions do not decay. `run` sets the learning rate."""
     named = [*model.named_parameters(), *(guidance.named_parameters() if guidance else [])]
@@ -118,14 +117,14 @@ def make_optimizer(model, guidance):
     decayed = [p for name, p in named if p.ndim > 1 and name not in ("cls_token", "pos_embed")]
     groups = [dict(params=decayed), dict(params=free, weight_decay=0)]
     if hasattr(model, "cls_token"):
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.05, fused=True)
-    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.05, fused=fused)
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
 
 
 def build(name, num_classes, image_size, patch_size):
     """The network of that name; only a transformer needs the sizes."""
-    if name in CNNS:
-        return CNNS[name](num_classes)
+    if name in CNNS:  # convolutions are faster where the channels of a pixel lie side by side
+        return CNNS[name](num_classes).to(memory_format=torch.channels_last)
     try:
         return TRANSFORMERS[name](num_classes, image_size, patch_size)
     except ValueError as error:
@@ -261,6 +260,23 @@ class Progress:
                   f"train {100 * accuracy:.1f} %, {speed:.0f} images/s", end="  \r", flush=True)
 
 
+def keep_freed_memory():
+    """Has Linux' C library keep freed memory. By default it hands the memory of every large tensor back to the
+    system, which zeroes it page by page for the next one: a quarter of the time of augmentation at 224 px."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # some have another C library
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets a mapping of its own
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def pick_compile(asked, device, steps):
+    """Whether to compile, and in words why; asked: True, False or None. Compiling takes a minute or more."""
+    if asked is not None:
+        return asked, f"{'torch.compile' if asked else 'eager'} (as asked)"
+    if device.type != "cuda" or steps < 20_000 or not find_spec("triton"):
+        return False, "eager (the default on a CPU, in a short run and without triton)"
+    return True, "torch.compile (the default in a long run on a CUDA GPU)"
+
+
 def pick_device(name, amp):
     """Device and precision (a context manager), and in words why these; `name` may be auto, `amp` None."""
     why, why_precision = "as asked", "the default on this device" if amp is None else "as asked"
@@ -274,6 +290,8 @@ def pick_device(name, amp):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} does not work here ({reason}); leave it out") from error
+    if device.type == "cpu":
+        keep_freed_memory()
     amp = device.type == "cuda" if amp is None else amp
     precision = torch.autocast(device.type, torch.bfloat16) if amp else nullcontext()
     kind = "bfloat16 autocast" if amp else "float32"
@@ -294,6 +312,8 @@ def run(args):
     steps = len(data.x_train) // args.batch_size
     if not steps:
         raise InputError(f"{len(data.x_train)} images do not fill one batch; choose a smaller --batch-size")
+    compiled, compiled_in_words = pick_compile(args.compile, device, steps * args.epochs)
+    device_in_words += f"; {compiled_in_words}"
     origin = provenance(args, device) | dict(precision=device_in_words)
     if not log.exists():
         write_log(log, [origin])
@@ -334,7 +354,10 @@ def run(args):
           f"device: {device_in_words}\n"
           f"guidance: {in_words(args.schedule, args.epochs, args.beta, args.guide_epochs)}\n"
           f"log and checkpoint: {out}", flush=True)
-    student, about_data = torch.compile(model) if args.compile else model, fingerprint(data)
+    student, guide, about_data = model, guidance, fingerprint(data)
+    if compiled:  # what is saved, and evaluated, are the plain networks
+        student = torch.compile(model)
+        teacher, guide = (torch.compile(teacher), torch.compile(guidance)) if guided else (None, None)
     for epoch in range(len(history), args.epochs):
         beta = beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs) if guiding else 0.0
         lr = lr_at(epoch, args.epochs, args.lr, args.model in TRANSFORMERS)
@@ -342,7 +365,7 @@ def run(args):
             group["lr"] = lr
         progress = Progress(args, epoch, beta, lr)
         loss_cls, loss_guidance, train_acc = train_epoch(
-            student, teacher, guidance, optimizer, data, beta, args, generator, precision, progress)
+            student, teacher, guide, optimizer, data, beta, args, generator, precision, progress)
         speed = steps * args.batch_size / (time.perf_counter() - progress.started)
         val_acc = evaluate(model, data, args.image_size, precision)
         if args.schedule == "adaptive" and beta > 0:
@@ -406,7 +429,7 @@ def parse(argv=None):
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     add("--amp", action=on_off, help="bfloat16 autocast (default: on a CUDA GPU)")
-    add("--compile", action=on_off, default=False, help="torch.compile (default: off)")
+    add("--compile", action=on_off, help="torch.compile (default: in a long run on a CUDA GPU)")
     add("--out", metavar="DIR", help="its folder (default: runs/<dataset>-<model>-<schedule>-seed<seed>)")
     add("--resume", action="store_true", help="continue after the last whole epoch")
     add("--evaluate", metavar="FILE", help="only print the accuracy of this checkpoint")
@@ -449,6 +472,10 @@ def main():
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {str(error).splitlines()[0]} Choose a smaller --batch-size and another --out")
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        sys.exit(f"error: torch.compile failed ({str(error).splitlines()[0]}); try again with --no-compile")
     except KeyboardInterrupt:
         print("\ninterrupted: the same command with --resume goes on from the last epoch", file=sys.stderr)
         sys.exit(130)
