@@ -285,7 +285,7 @@ OPERATIONS = (
 )
 MOVES = OPERATIONS[:5]
 FILL = tuple(round(255 * mean) for mean in MEAN)  # what they bring in from outside the image
-# Bytes of images augmented at once: what a CPU's cache holds; for a GPU several batches, to launch less often.
+# Bytes of images augmented at once: what a CPU's cache holds; on a GPU several batches, to launch less often
 AT_ONCE = {"cpu": 2**25, "cuda": 2**29, "mps": 2**28}
 
 
@@ -387,11 +387,12 @@ def augment(images, size, draws, noise):
                         x[chosen] = move(x[chosen], operation, level * sign, enlarged=size >= 2 * S)
                     else:
                         x[chosen] = recolour(x[chosen], operation, level, sign)
-        torch.addcmul(-mean / std, x, 1 / (255 * std), out=result[part])
-    for i in draws.erase[:, 2].nonzero()[:, 0].tolist():
-        top, left, height, width, *corner = [*draws.erase[i].int().tolist(), *draws.noise[i].tolist()]
-        result[i, :, top : top + height, left : left + width] = noise[
-            :, corner[0] : corner[0] + height, corner[1] : corner[1] + width]
+        torch.sub(x.mul_(1 / (255 * std)), mean / std, out=result[part])
+    for i, box in enumerate(torch.cat((draws.erase, draws.noise), dim=1).int().tolist()):
+        top, left, height, width, down, right = box
+        if height:
+            fresh = noise[:, down : down + height, right : right + width]
+            result[i, :, top : top + height, left : left + width] = fresh
     return result
 
 
@@ -414,7 +415,9 @@ def resample(images, size, crop, flip):
     scale = length / size  # stored pixels to an output pixel
     d = ((pixel - (start + scale * point[:, None])) / scale.clamp(min=1)).abs_().clamp_(max=2)
     d.masked_fill_((pixel < start) | (pixel > start + length), 2)  # (n, 2, size, S); the weight at 2 is 0
-    weights = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2)
+    near = (1.5 * d).sub_(2.5).mul_(d).mul_(d).add_(1)  # (1.5 d - 2.5) d^2 + 1, in place: half the time
+    far = (-0.5 * d).add_(2.5).mul_(d).sub_(4).mul_(d).add_(2)  # ((-0.5 d + 2.5) d - 4) d + 2
+    weights = torch.where(d < 1, near, far)
     rows, columns = (weights / weights.sum(dim=3, keepdim=True)).unbind(dim=1)  # (n, size, S) each
     columns = torch.where(flip, columns.flip(1), columns)
     x = images.float().reshape(n, 3 * S, S) @ columns.mT  # (n, 3 S, size)
@@ -427,7 +430,7 @@ def move(x, operation, amount, enlarged):
     S, amount = x.shape[-1], amount[:, 0]  # (b, 1, 1)
     across = (torch.arange(S, device=x.device) + 0.5) * (2 / S) - 1  # (S,) from -1 to 1
     down = across[:, None]  # (S, 1)
-    from_x, from_y = across.expand(S, S), down.expand(S, S)  # where an output pixel comes from
+    from_x, from_y = across, down  # where an output pixel comes from
     if operation == "Rotate":
         cos, sin = (amount * math.radians(30)).cos(), (amount * math.radians(30)).sin()
         from_x, from_y = cos * across - sin * down, sin * across + cos * down  # (b, S, S)
@@ -439,9 +442,9 @@ def move(x, operation, amount, enlarged):
         from_x = from_x + 2 * 0.45 * amount
     else:
         from_y = from_y + 2 * 0.45 * amount
-    grid = torch.stack(torch.broadcast_tensors(from_x, from_y), dim=3)  # (b, S, S, 2)
-    inside = (grid.abs() < 1).all(dim=3)[:, None]
-    mode = "bilinear" if enlarged else "bicubic"  # a smooth image gains nothing from bicubic, at 4 times the cost
+    inside = ((from_x.abs() < 1) & (from_y.abs() < 1)).expand(len(x), S, S)[:, None]
+    grid = torch.stack((from_x.expand(len(x), S, S), from_y.expand(len(x), S, S)), dim=3)  # (b, S, S, 2)
+    mode = "bilinear" if enlarged else "bicubic"  # on a smooth image as good, at a quarter of the cost
     x = F.grid_sample(x, grid, mode, "border", align_corners=False)
     fill = torch.tensor(FILL, dtype=torch.float32).view(3, 1, 1).to(x.device, non_blocking=True)
     return torch.where(inside, x, fill).round_().clamp_(0, 255)
@@ -470,6 +473,8 @@ def recolour(x, operation, level, sign):
     elif operation == "Brightness":
         base = torch.zeros_like(base)
     elif operation == "Sharpness":
-        base = x.clone()  # 3x3, the centre weighs 5 of 13; the border stays as it is
-        base[:, :, 1:-1, 1:-1] = ((9 * F.avg_pool2d(x, 3, 1) + 4 * x[:, :, 1:-1, 1:-1]) / 13).round()
+        base, middle = x.clone(), x[:, :, 1:-1, 1:-1]  # 3x3, the centre weighs 5 of 13; the border stays
+        three = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+        nine = three[..., :-2] + three[..., 1:-1] + three[..., 2:]
+        base[:, :, 1:-1, 1:-1] = ((nine + 4 * middle) / 13).round()
     return (base + (x - base) * (1 + 0.9 * level * sign).clamp(min=0.1)).clamp(0, 255).floor()

@@ -5,6 +5,7 @@
 Images are generated; where a cache data/cifar100.npz is at hand, operations are checked on real ones as well.
 """
 
+import argparse
 import functools
 import json
 import math
@@ -25,6 +26,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+import bench
 import data
 import train
 from data import (
@@ -451,8 +453,8 @@ def test_colour_operations_equal_pillows(name, sign):
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("name", MOVES)
 def test_geometric_operations_equal_pillows(name, sign):
-    """Fill alike; 2 levels of 255 on average where both are bicubic (a = -3/4 here, -1 in Pillow), and 1 where
-    ours is bilinear, on an image that was enlarged sevenfold."""
+    """Fill alike; 2 levels of 255 on average where both are bicubic (a = -3/4 here, -1 in Pillow), and 1
+    where ours is bilinear, on an image that was enlarged sevenfold."""
     amount = torch.full((1, 1, 1, 1), 0.9 * sign)
     for enlarged, tolerance in ((False, 2), (True, 1)):
         for image in pictures(32 if enlarged else 64):
@@ -467,7 +469,7 @@ def test_geometric_operations_equal_pillows(name, sign):
 
 @pytest.mark.parametrize("stored, size", [(32, 224), (32, 32), (256, 32), (256, 224)])
 def test_crop_and_flip_equal_pillows_bicubic_resize(stored, size):
-    """Enlarged, equal, shrunk. Tolerance: 1 level of 255 (Pillow computes in whole numbers), 0.05 on average."""
+    """Enlarged, equal, shrunk. Tolerance: 1 level of 255 (Pillow computes in whole numbers), mean 0.05."""
     top, left, height, width = stored // 5, stored // 8, stored // 2, 2 * stored // 3
     crop = torch.tensor([[top, left, height, width]], dtype=torch.float32)
     for image in pictures(stored):
@@ -573,7 +575,8 @@ def test_the_whole_augmentation_equals_pillows_image_by_image(stored, size):
         top, left, height, width = draws.erase[i].int().tolist()
         kept = np.ones((size, size), dtype=bool)
         kept[top : top + height, left : left + width] = False
-        errors.append(np.abs(levels[i].permute(1, 2, 0).numpy() - np.asarray(image, dtype=float))[kept].mean())
+        ours, theirs = levels[i].permute(1, 2, 0).numpy(), np.asarray(image, dtype=float)
+        errors.append(np.abs(ours - theirs)[kept].mean())
         down, right = draws.noise[i].tolist()
         noise = field[:, down : down + height, right : right + width]
         assert torch.equal(augmented[i, :, top : top + height, left : left + width], noise)
@@ -1045,7 +1048,7 @@ def small_glyphs(monkeypatch, tmp_path):
 
 def command(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
-    train.main()
+    train.explain(train.main)
 
 
 def records(folder):
@@ -1167,7 +1170,7 @@ def test_every_model_is_a_row_of_the_table(small_glyphs, monkeypatch, model):
     assert len(records(folder)[1]) == 1 and records(folder)[1][0]["beta"] == 0
 
 
-def test_compiled_and_bfloat16_runs_end_near_the_plain_one(small_glyphs, monkeypatch):
+def test_a_compiled_run_and_one_in_bfloat16_end_near_the_plain_one(small_glyphs, monkeypatch):
     for flags in ((), ("--amp",), ("--compile",)):
         command(monkeypatch, "--model", "resnet8", "--epochs", 4, *flags, "--out", f"run{''.join(flags)}")
     runs = [[line["loss_cls"] for line in records(f"run{name}")[1]] for name in ("", "--amp", "--compile")]
@@ -1364,3 +1367,150 @@ def test_transparency_shows_white_and_every_format_of_pillow_counts(tmp_path):
 def test_augment_refuses_a_result_too_small_for_its_operations():
     with pytest.raises(ValueError, match="at least 3 pixels"):
         list(batches(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2), 2, 2, torch.Generator()))
+
+
+def fifty_steps(precision=None, fused=True, compiled=False):
+    """The mean losses after each of 50 steps: two epochs of 25, the second without guidance."""
+    torch.manual_seed(0)
+    student = VisionTransformer(10, 32, 8, 48, 3, 3, (0, 1, 2), drop_path=0.0)
+    teacher = calibrate(resnet8(10), torch.randn(16, 3, 32, 32)).requires_grad_(False)
+    guide = Guidance(student.feature_channels, teacher.feature_channels)
+    optimizer, curve = train.make_optimizer(student, guide, fused), []
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    if fused:  # the whole fast path
+        teacher = teacher.to(memory_format=torch.channels_last)
+    networks = [torch.compile(network) if compiled else network for network in (student, teacher, guide)]
+    x = load("glyphs").x_train[:400]
+    few, generator = Data(x, torch.arange(400) % 10, x, x, 10), torch.Generator().manual_seed(0)
+    progress = argparse.Namespace(show=lambda step, steps, means: curve.append(means[:2].clone()))
+    args = argparse.Namespace(batch_size=16, image_size=32, augment="strong")
+    graphs = []
+    for beta in (2.5, 0.0):
+        train.train_epoch(
+            *networks, optimizer, few, beta, args, generator, precision or train.nullcontext(), progress
+        )
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return torch.stack(curve), graphs
+
+
+def test_the_fast_path_agrees_with_plain_float32_step_by_step_and_compiles_once():
+    """Loss curves of 50 guided, then unguided steps: the fused optimiser and channels_last within 1e-4 of plain
+    eager float32, compiled within 1e-3, and compiled in bfloat16 within 2 %. Nothing is compiled again when
+    beta reaches 0."""
+    plain, _ = fifty_steps(fused=False)
+    assert plain.shape == (50, 2) and plain[24, 1] < 0.95 * plain[0, 1]  # it learns
+    torch.testing.assert_close(fifty_steps()[0], plain, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, graphs = fifty_steps(compiled=True)
+    assert graphs[0] == graphs[1] == 3, graphs  # student, teacher, guidance
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-3)
+    fast, _ = fifty_steps(torch.autocast("cpu", torch.bfloat16), compiled=True)
+    torch.testing.assert_close(fast, plain, rtol=0.02, atol=1e-3)
+
+
+def test_compilation_is_the_default_only_in_long_runs_on_a_gpu_and_can_be_forced(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(train, "find_spec", lambda name: name == "triton")
+    for asked, device, steps, expected in (
+        (None, cpu, 10**6, False),
+        (None, cuda, 10**6, True),
+        (None, cuda, 100, False),
+        (True, cpu, 1, True),
+        (False, cuda, 10**6, False),
+    ):
+        assert train.pick_compile(asked, device, steps)[0] is expected
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    assert not train.pick_compile(None, cuda, 10**6)[0]
+
+
+def test_a_failed_compilation_ends_with_one_line(small_glyphs, monkeypatch):
+    def no_backend(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=no_backend))
+    with pytest.raises(SystemExit, match="torch.compile failed .*; try again with --no-compile"):
+        command(monkeypatch, "--model", "resnet8", "--epochs", 1, "--compile")
+
+
+# ------------------------------------------------------------------------------------------------ bench
+
+
+def test_the_bench_counts_the_operations_of_the_reference():
+    """method.md, section 6, counted there by hand: 7.463 and 2.507 GFLOP for DeiT-tiny, 0.2515 for ResNet-56."""
+    assert bench.flops("deit_tiny", 224, 16) == pytest.approx(7.463e9, rel=1e-4)
+    assert bench.flops("deit_tiny", 224, 16, backward=False) == pytest.approx(2.507e9, rel=1e-4)
+    assert bench.flops("resnet56", 32, 0, backward=False) == pytest.approx(0.2515e9, rel=1e-3)
+
+
+def test_the_bench_shows_and_writes_what_it_measured(monkeypatch, tmp_path, capsys):
+    """Every row on a CPU, small; figures that hang together; nothing but the rows asked for."""
+    monkeypatch.setattr(torch, "compile", lambda network, mode=None: network)
+    small = "--model deit_mini --image-size 32 --patch-size 8 --batch-size 4 --images 9 --repeats 2".split()
+
+    def measured(*flags):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *small, *flags, "--json", str(tmp_path / "b.json")])
+        bench.main()
+        found, printed = json.loads((tmp_path / "b.json").read_text()), capsys.readouterr().out
+        assert [line["name"] for line in found["rows"]] == [
+            row.split("|")[1].strip() for row in printed.splitlines() if row.startswith("| ")
+        ][1:]
+        return found
+
+    found = measured()
+    names = [line["name"] for line in found["rows"]]
+    assert names[:4] == [
+        "float32, eager",
+        "+ bfloat16 autocast",
+        "+ fused optimiser",
+        "+ torch.compile",
+    ]
+    assert len(names) == 12 and found["torch"] == str(torch.__version__) and found["command"]
+    for line in found["rows"]:
+        if "early" in line["name"]:
+            none, constant = (found["rows"][names.index(f"guidance: {s}")] for s in ("none", "constant"))
+            third = (2 * none["hours_for_300_epochs"] + constant["hours_for_300_epochs"]) / 3
+            assert line["hours_for_300_epochs"] == pytest.approx(third)
+            continue
+        assert 0 < line["fastest"] <= line["seconds"] <= line["slowest"]
+        assert line["images_per_second"] == pytest.approx(8 / line["seconds"])  # two whole batches of four
+        assert line["ms_per_step"] == pytest.approx(1000 * line["seconds"] / 2)
+        if "utilisation" in line:
+            speed = 300 * 50_000 / line["hours_for_300_epochs"] / 3600
+            assert speed == pytest.approx(line["images_per_second"]) and 0 < line["utilisation"] < 2
+    alone = bench.flops("deit_mini", 32, 8)
+    for name, operations in (("none", alone), ("constant", alone + bench.flops("resnet56", 32, 0, False))):
+        line = found["rows"][names.index(f"guidance: {name}")]
+        rate = operations * line["images_per_second"] / found["full_rate"]
+        assert line["utilisation"] == pytest.approx(rate)
+    assert [line["name"] for line in measured("--amp", "--compile")["rows"]] == ["training"]
+
+
+def test_the_bench_compares_with_the_usual_way(monkeypatch, tmp_path):
+    pytest.importorskip("timm")
+    file = tmp_path / "b.json"
+    monkeypatch.setattr(bench, "build", lambda *args: deit_mini(100, 224, 32))
+    flags = f"--rows inputs models --batch-size 2 --images 4 --repeats 1 --workers 1 --json {file}"
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split()])
+    bench.main()
+    names = [line["name"] for line in json.loads(file.read_text())["rows"]]
+    assert len(names) == 8 and sum("ours" in name for name in names) == 3
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--rows", "ladders"], "invalid choice"),
+        (["--images", "0"], "--images must be at least 2"),
+        (["--images", "5", "--batch-size", "8"], "does not fill a batch"),
+        (["--image-size", "40"], "not a multiple of patch size"),
+        (["--image-size", "16"], "at least 32"),
+        (["--device", "abacus"], "does not work here"),
+    ],
+)
+def test_wrong_options_of_the_bench_end_with_one_line(monkeypatch, argv, message):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
+    with pytest.raises(SystemExit, match=message):
+        bench.explain(bench.main)

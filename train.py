@@ -261,7 +261,7 @@ class Progress:
 
 
 def keep_freed_memory():
-    """Has Linux' C library keep freed memory. By default it hands the memory of every large tensor back to the
+    """Has Linux' C library keep freed memory. By default it hands the memory of large tensors back to the
     system, which zeroes it page by page for the next one: a quarter of the time of augmentation at 224 px."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # some have another C library
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets a mapping of its own
@@ -403,15 +403,17 @@ def evaluate_file(args):
           f"{accuracy:.2f} %")
 
 
+class Options(argparse.ArgumentParser):
+    """Refuses wrong options with one line, in place of argparse's twelve."""
+
+    def error(self, message):
+        raise InputError(f"{message}; see python {self.prog} --help")
+
+
 def parse(argv=None):
     """The options. Every one has its value afterwards, so that a run's args say all there is to know."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-
-    def fail(message):  # one line, in place of argparse's twelve
-        raise InputError(f"{message}; see python train.py --help")
-
-    parser.error = fail
-    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    parser = Options(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    fail, add, on_off = parser.error, parser.add_argument, argparse.BooleanOptionalAction
     add("--dataset", choices=CLASSES, default="glyphs", help="glyphs is generated, the others are real")
     add("--data", default="data", metavar="DIR", help="where data sets and their caches are (default: data)")
     add("--classes", type=int, metavar="K", help="use the first K classes only, for a quick run")
@@ -464,10 +466,15 @@ def parse(argv=None):
 
 
 def main():
-    """The command line. What the user can mend ends with one line and exit code 1; Ctrl-C with 130."""
+    """The command line."""
+    args = parse()
+    evaluate_file(args) if args.evaluate else run(args)
+
+
+def explain(program):
+    """Runs a program. What the user can mend ends with one line and exit code 1; Ctrl-C with 130."""
     try:
-        args = parse()
-        evaluate_file(args) if args.evaluate else run(args)
+        program()
     except InputError as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
@@ -482,4 +489,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    explain(main)
