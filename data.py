@@ -341,9 +341,9 @@ def batches(x, y, batch_size, size, generator, strength="strong"):
         images float32 (batch_size, 3, size, size), labels (batch_size,), on the device of x and y.
     """
     used = len(x) // batch_size * batch_size
-    order = torch.randperm(len(x), generator=generator)[:used].to(x.device)
+    order = torch.randperm(len(x), generator=generator)[:used].to(x.device, non_blocking=True)
     draws = draw(used, x.shape[-1], size, generator, strength)
-    noise = torch.randn(3, 2 * size, 2 * size, generator=generator).to(x.device)
+    noise = torch.randn(3, 2 * size, 2 * size, generator=generator).to(x.device, non_blocking=True)
     at_once = max(1, AT_ONCE[x.device.type] // (12 * size**2) // batch_size) * batch_size
     for start in range(0, used, at_once):
         chosen = slice(start, start + at_once)
@@ -409,17 +409,17 @@ def resample(images, size, crop, flip):
     """
     n, _, S, _ = images.shape
     start, length = crop.to(images.device, non_blocking=True)[..., None, None].chunk(2, dim=1)  # (n, 2, 1, 1)
-    flip = flip.to(images.device, non_blocking=True)[:, None, None]
+    flip = flip.to(images.device, non_blocking=True)[:, None]
     pixel = torch.arange(S, device=images.device) + 0.5
-    point = torch.arange(size, device=images.device) + 0.5
+    pixel = torch.where((pixel > start) & (pixel < start + length), pixel, torch.inf)  # (n, 2, 1, S)
+    point = (torch.arange(size, device=images.device) + 0.5).expand(n, size)
+    point = torch.stack((point, torch.where(flip, point.flip(1), point)), dim=1)[..., None]  # (n, 2, size, 1)
     scale = length / size  # stored pixels to an output pixel
-    d = ((pixel - (start + scale * point[:, None])) / scale.clamp(min=1)).abs_().clamp_(max=2)
-    d.masked_fill_((pixel < start) | (pixel > start + length), 2)  # (n, 2, size, S); the weight at 2 is 0
-    near = (1.5 * d).sub_(2.5).mul_(d).mul_(d).add_(1)  # (1.5 d - 2.5) d^2 + 1, in place: half the time
-    far = (-0.5 * d).add_(2.5).mul_(d).sub_(4).mul_(d).add_(2)  # ((-0.5 d + 2.5) d - 4) d + 2
+    d = ((pixel - (start + scale * point)) / scale.clamp(min=1)).abs_().clamp_(max=2)  # (n, 2, size, S)
+    near = (1.5 * d).sub_(2.5).mul_(d).mul_(d).add_(1)  # (1.5 d - 2.5) d^2 + 1, in place: faster by a third
+    far = (-0.5 * d).add_(2.5).mul_(d).sub_(4).mul_(d).add_(2)  # ((-0.5 d + 2.5) d - 4) d + 2, 0 at d = 2
     weights = torch.where(d < 1, near, far)
     rows, columns = (weights / weights.sum(dim=3, keepdim=True)).unbind(dim=1)  # (n, size, S) each
-    columns = torch.where(flip, columns.flip(1), columns)
     x = images.float().reshape(n, 3 * S, S) @ columns.mT  # (n, 3 S, size)
     x = x.round_().clamp_(0, 255).view(n, 3, S, size)
     return (rows[:, None] @ x).round_().clamp_(0, 255)  # (n, 1, size, S) @ (n, 3, S, size)
