@@ -56,7 +56,7 @@ def timed(works, images, args, device):
     """Times functions in turns, `args.repeats` times after a first time that does not count.
 
     Args:
-        works: name -> (a function of no arguments, the number of images that it works through).
+        works: name -> a function of no arguments that works through so many `images`.
 
     Yields:
         A line for each: seconds (median), fastest, slowest, images_per_second, ms_per_step.

@@ -1516,7 +1516,7 @@ def test_the_bench_shows_and_writes_what_it_measured(monkeypatch, tmp_path, caps
     assert [line["name"] for line in measured("--amp", "--compile")["rows"]] == ["training"]
 
 
-def test_the_bench_compares_with_the_usual_way(monkeypatch, tmp_path):
+def test_the_bench_compares_with_timm_and_pillow_in_workers(monkeypatch, tmp_path):
     pytest.importorskip("timm")
     file = tmp_path / "b.json"
     monkeypatch.setattr(bench, "build", lambda *args: deit_mini(100, 224, 32))
