@@ -52,8 +52,8 @@ def ladder(device):
             *[Row("+ CUDA graphs", "bf16", mode="reduce-overhead")] * gpu]
 
 
-def timed(works, images, args, device):
-    """Times functions in turns, `args.repeats` times after a first time that does not count.
+def timed(works, images, args, device, warm_up=1):
+    """Times functions in turns, `args.repeats` times after `warm_up` times that do not count.
 
     Args:
         works: name -> a function of no arguments that works through so many `images`.
@@ -62,14 +62,15 @@ def timed(works, images, args, device):
         A line for each: seconds (median), fastest, slowest, images_per_second, ms_per_step.
     """
     times = {name: [] for name in works}
-    for _ in range(1 + args.repeats):
+    for _ in range(warm_up + args.repeats):
         for name, work in works.items():
             synchronize(device)
             start = time.perf_counter()
             work()
             synchronize(device)
             times[name].append(time.perf_counter() - start)
-    for name, (_, *taken) in times.items():
+    for name, taken in times.items():
+        taken = taken[warm_up:]
         speed = images / median(taken)
         yield dict(name=name, seconds=median(taken), fastest=min(taken), slowest=max(taken),
                    images_per_second=speed, ms_per_step=1000 * args.batch_size / speed)
@@ -127,7 +128,7 @@ def train_row(row, args, data, device, rate):
     epoch(data._replace(x_train=data.x_train[:few], y_train=data.y_train[:few]))
     synchronize(device)
     warm_up = time.perf_counter() - start
-    line, = timed({row.name: epoch}, args.images, args, device)
+    line, = timed({row.name: epoch}, args.images, args, device, warm_up=0)
     warm_up -= line["seconds"] * min(few, args.images) / args.images
     per_image = flops(args.model, args.image_size, args.patch_size)
     per_image += flops("resnet56", 32, 0, backward=False) if row.beta else 0

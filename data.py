@@ -347,8 +347,9 @@ def batches(x, y, batch_size, size, generator, strength="strong"):
     at_once = max(1, AT_ONCE[x.device.type] // (12 * size**2) // batch_size) * batch_size
     for start in range(0, used, at_once):
         chosen = slice(start, start + at_once)
-        images = augment(x[order[chosen]], size, Draws(*map(itemgetter(chosen), draws)), noise)
-        yield from zip(images.split(batch_size), y[order[chosen]].split(batch_size))
+        rows = order[chosen]
+        images = augment(x[rows], size, Draws(*map(itemgetter(chosen), draws)), noise)
+        yield from zip(images.split(batch_size), y[rows].split(batch_size))
 
 
 def augment(images, size, draws, noise):
@@ -363,7 +364,7 @@ def augment(images, size, draws, noise):
     Returns:
         float32 (n, 3, size, size), normalised with ImageNet's mean and standard deviation.
     """
-    n, _, S, S_too = images.shape
+    n, _, S, _ = images.shape
     if images.dtype != torch.uint8 or images.shape[1:] != (3, S, S) or len(draws.flip) != n:
         raise ValueError(f"expected uint8 images (B, 3, S, S) and as many draws, got {images.dtype} "
                          f"{tuple(images.shape)} and {len(draws.flip)}")

@@ -1542,3 +1542,31 @@ def test_wrong_options_of_the_bench_end_with_one_line(monkeypatch, argv, message
     monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
     with pytest.raises(SystemExit, match=message):
         bench.explain(bench.main)
+
+
+def test_the_bench_knows_gpus_by_name_and_says_when_timm_is_missing(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert bench.peak(cuda, None)[0] == 989e12  # NVIDIA's data sheet, dense
+    modes = [(row.precision, row.fused, row.mode) for row in bench.ladder(cuda)]
+    assert len(modes) == 6
+    for before, after in zip(modes, modes[1:]):  # one change per row
+        assert sum(a != b for a, b in zip(before, after)) == 1
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install timm"):
+        bench.parse(["--rows", "models"])
+
+
+def test_memory_is_kept_only_where_the_c_library_can(monkeypatch):
+    """Elsewhere nothing is called: Windows has no CDLL(None), other C libraries have no mallopt."""
+    called = []
+    library = argparse.Namespace(mallopt=lambda *setting: called.append(setting))
+    monkeypatch.setattr(train.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(sys, "platform", "linux")
+    train.keep_freed_memory()
+    assert called == [(-4, 0), (-1, 2**31 - 1)]
+    del library.mallopt
+    train.keep_freed_memory()
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(train.ctypes, "CDLL", None)
+    train.keep_freed_memory()

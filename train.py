@@ -278,7 +278,8 @@ def pick_compile(asked, device, steps):
 
 
 def pick_device(name, amp):
-    """Device and precision (a context manager), and in words why these; `name` may be auto, `amp` None."""
+    """Device and precision (a context manager), and in words why these; `name` may be auto, `amp` None. On a
+    CPU the process keeps freed memory from then on."""
     why, why_precision = "as asked", "the default on this device" if amp is None else "as asked"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
