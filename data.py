@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
@@ -34,6 +35,8 @@ CLASSES = {"glyphs": 10, "cifar10": 10, "cifar100": 100, "flowers": 102, "chaoya
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")  # images uint8 (N, S, S, 3), labels (N,)
 STORED = 256  # pixels: photographs are stored no larger
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, as in the LG code
+# A small file can hold an image that fills the memory: above 89 million pixels, where Pillow warns, we refuse
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 class InputError(ValueError):
@@ -85,6 +88,11 @@ def load(name, root="data", classes=None, device="cpu"):
             raise InputError(f"{name} has no image of the first {num_classes} classes; choose more classes")
         parts.append(torch.from_numpy(x[keep]).permute(0, 3, 1, 2).contiguous())  # (N, 3, S, S)
         parts.append(torch.from_numpy(y[keep]).long())
+    seen = {hash(image.tobytes()) for image in parts[0].numpy()}
+    known = sum(hash(image.tobytes()) in seen for image in parts[2].numpy())
+    if known:  # in a folder most likely copies by mistake
+        print(f"note: {known} of the {len(parts[2])} test images of {name} are training images too, pixel by "
+              "pixel: on them accuracy shows memory only")
     return Data(*(part.to(device) for part in parts), num_classes)
 
 
@@ -113,22 +121,26 @@ def read_cache(path, files):
             if len(files) and "files" in file and file["files"].tolist() != files:
                 return None
             return [file[key] for key in ARRAYS]
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged, pickled, too large, no zip file: numpy raises many things
         raise InputError(f"{path} is no usable cache ({error}); delete it to have it made again") from error
 
 
 def write_whole(path, save):
-    """Has save(file) write beside `path` first, so that a run killed meanwhile keeps the file it had."""
-    partial = path.with_name(path.name + ".partial")
+    """Has save(file) write beside `path`, and puts the file in its place once it is whole and on the disk: a
+    kill, a power cut or a full disk at any byte leaves the file that was there."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same cache
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             save(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter where the disk is full
+        raise InputError(f"cannot write {path} ({error}); free space or choose another folder") from error
+    finally:
         if partial.exists():
             partial.unlink()
-        raise InputError(f"cannot write {path} ({error}); free space or choose another folder") from error
 
 
 def cifar(root, name):
@@ -192,7 +204,7 @@ def chaoyang(root, name):
             pairs = [((root / row["name"]).resolve(), row["label"]) for row in json.loads(file.read_text())]
             bad = [(file, label) for file, label in pairs
                    if type(label) is not int or not 0 <= label < 4 or root not in file.parents]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{file} is missing or no list of {{name, label}} ({error}); ask the authors of "
                              "Chaoyang for the data (see README) and give their folder as --data") from error
         if bad or not pairs:
@@ -328,7 +340,7 @@ def draw_boxes(n, side, smallest, largest, ratio, generator):
     return torch.cat((corner, shape), dim=1)
 
 
-def batches(x, y, batch_size, size, generator, strength="strong"):
+def batches(x, y, batch_size, size, generator, strength="strong", rank=0, ranks=1):
     """One epoch of training batches, shuffled and augmented; the last partial batch is dropped.
 
     Args:
@@ -336,16 +348,20 @@ def batches(x, y, batch_size, size, generator, strength="strong"):
         size: side of the augmented images, in pixels.
         generator: a torch.Generator on the CPU, the only source of randomness.
         strength: as in `draw`.
+        rank, ranks: of so many processes this one gets its equal part of every batch. All draw alike.
 
     Yields:
-        images float32 (batch_size, 3, size, size), labels (batch_size,), on the device of x and y.
+        images float32 (batch_size / ranks, 3, size, size), labels, on the device of x and y.
     """
     used = len(x) // batch_size * batch_size
-    order = torch.randperm(len(x), generator=generator)[:used].to(x.device, non_blocking=True)
+    order = torch.randperm(len(x), generator=generator)
     draws = draw(used, x.shape[-1], size, generator, strength)
     noise = torch.randn(3, 2 * size, 2 * size, generator=generator).to(x.device, non_blocking=True)
+    mine = torch.arange(used).view(-1, batch_size).chunk(ranks, dim=1)[rank].flatten()
+    order, draws = order[mine].to(x.device, non_blocking=True), list(map(itemgetter(mine), draws))
+    batch_size //= ranks
     at_once = max(1, AT_ONCE[x.device.type] // (12 * size**2) // batch_size) * batch_size
-    for start in range(0, used, at_once):
+    for start in range(0, len(order), at_once):
         chosen = slice(start, start + at_once)
         rows = order[chosen]
         images = augment(x[rows], size, Draws(*map(itemgetter(chosen), draws)), noise)

@@ -13,7 +13,10 @@ import argparse
 import ctypes
 import json
 import math
+import os
 import platform
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -26,13 +29,20 @@ from zlib import crc32
 import numpy
 import PIL
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from torch.nn.parallel import DistributedDataParallel
 
 from data import CLASSES, InputError, batches, load, prepare, write_whole
 from guidance import AdaptiveStop, Guidance, beta_at
 from model import deit_mini, deit_tiny
 from teacher import resnet8, resnet18, resnet20, resnet56
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing stops two processes from writing into one folder
+    fcntl = None
 
 TRANSFORMERS = {"deit_tiny": deit_tiny, "deit_mini": deit_mini}
 CNNS = {"resnet56": resnet56, "resnet20": resnet20, "resnet8": resnet8, "resnet18": resnet18}
@@ -51,8 +61,9 @@ SMALLER = """
       --batch-size 64 --lr 1e-3 --epochs 16 --teacher resnet20"""
 
 
-def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generator, precision, progress):
-    """One epoch: the training step, for every batch.
+def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generator, precision, progress,
+                rank=0, ranks=1):
+    """One epoch: the training step, for every batch, of which each of `ranks` processes works on its part.
 
     With beta = 0 neither the teacher nor the projections are called, and the step is plain cross-entropy.
 
@@ -62,7 +73,8 @@ def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generat
     student.train()
     steps = len(data.x_train) // args.batch_size  # the last partial batch is dropped
     sums = torch.zeros(3, device=data.x_train.device)  # so that the host waits only where it reads them
-    epoch = batches(data.x_train, data.y_train, args.batch_size, args.image_size, generator, args.augment)
+    epoch = batches(data.x_train, data.y_train, args.batch_size, args.image_size, generator, args.augment,
+                    rank, ranks)
     for step, (images, labels) in enumerate(epoch):  # (B, 3, S, S), (B,)
         with precision:
             logits, features = student(images)  # (B, classes), three of (B, D, S / patch, S / patch)
@@ -80,22 +92,27 @@ def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generat
         sums += torch.stack((loss_cls, loss_guidance, correct)).detach()
         if sums.device.type == "cpu" or step in (0, 3) or step % 50 == 49 or step == steps - 1:
             progress.show(step + 1, steps, sums / (step + 1))
-    loss_cls, loss_guidance, accuracy = (sums / steps).tolist()
+    if ranks > 1:
+        dist.all_reduce(sums)
+    loss_cls, loss_guidance, accuracy = (sums / (steps * ranks)).tolist()
     return loss_cls, loss_guidance, 100 * accuracy
 
 
 @torch.no_grad()
-def evaluate(model, data, image_size, precision, as_teacher=False):
-    """Accuracy in % on the test images prepared at image_size, or `as_teacher` sees them while it guides."""
+def evaluate(model, data, image_size, precision, as_teacher=False, rank=0, ranks=1):
+    """Accuracy in % on the test images prepared at image_size, or `as_teacher` sees them while it guides; of
+    `ranks` processes each looks at its part of them."""
     model.eval()
     correct = torch.zeros((), device=data.x_test.device)
-    for images, labels in zip(data.x_test.split(500), data.y_test.split(500)):
+    for images, labels in zip(data.x_test[rank::ranks].split(500), data.y_test[rank::ranks].split(500)):
         images = prepare(images, image_size)
         if as_teacher:
             images = F.interpolate(images, TEACHER_SIZE, mode="bilinear")
         with precision:
             logits, _ = model(images)
         correct += (logits.argmax(dim=1) == labels).sum()
+    if ranks > 1:
+        dist.all_reduce(correct)
     return 100 * correct.item() / len(data.x_test)
 
 
@@ -140,8 +157,10 @@ def load_checkpoint(path):
     except Exception as error:  # damaged, a foreign pickle, no torch file at all: torch raises many things
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is damaged or no checkpoint ({reason}); train it again") from error
-    if not isinstance(state, dict) or not {"args", "model", "data", "history"} <= state.keys():
-        raise InputError(f"{path} was not written by train.py; choose the last.pt of a run")
+    keys = {"args", "data", "model", "projections", "optimizer", "generator", "guiding", "adaptive", "origin",
+            "history", "dataset", "classes", "image_size", "patch_size", "epochs"}
+    if not (isinstance(state, dict) and keys <= {*state, *state.get("args", ())}):
+        raise InputError(f"{path} was not written by this train.py; choose the last.pt of a run")
     return state
 
 
@@ -159,8 +178,11 @@ def restore(path, dataset, data):
         raise InputError(f"{path} was trained on other data: {was[0]} {was[1]}, not {now[0]} {now[1]}; "
                          "choose another checkpoint, or the --data it was trained on")
     args = state["args"]
-    model = build(args["model"], data.num_classes, args["image_size"], args["patch_size"])
-    model.load_state_dict(state["model"])
+    try:
+        model = build(args["model"], data.num_classes, args["image_size"], args["patch_size"])
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path} does not hold the network it names ({error}); train it again") from error
     return model, state
 
 
@@ -170,38 +192,62 @@ def write_log(path, lines):
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def ready_teacher(args, data, device, precision):
-    """The frozen teacher in eval mode, trained first if there is none; refused if it does not fit the data.
+def alone_in(folder):
+    """A lock on a folder that no other process trains into; it is gone once closed, or the process dead."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # not the log, which every epoch replaces
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"another process trains into {folder}: wait for it, or choose another") from error
+    except OSError as error:
+        raise InputError(f"cannot write into {folder} ({error}); choose another --out") from error
+    return lock
+
+
+def train_teacher(args):
+    """The file of the teacher, which is trained now if only its model is named and it has not been yet."""
+    if args.teacher not in CNNS:
+        return Path(args.teacher)
+    theirs = parse([f"--dataset={args.dataset}", f"--data={args.data}", f"--model={args.teacher}",
+                    f"--seed={args.seed}", f"--device={args.device}"]
+                   + ([f"--classes={args.classes}"] if args.classes else []))
+    path, theirs.amp, theirs.compile = Path(theirs.out) / "last.pt", args.amp, args.compile
+    if path.exists():  # finished, or to be continued as it was begun
+        state = load_checkpoint(path)
+        theirs = argparse.Namespace(**state["args"])
+        if len(state["history"]) == theirs.epochs:
+            return path
+        theirs.device, theirs.data = args.device, args.data
+    theirs.resume = path.with_name("log.jsonl").exists()
+    print(f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs")
+    with alone_in(path.parent):
+        run(theirs)
+    print()
+    return path
+
+
+def ready_teacher(path, args, data, device, precision, rank=0, ranks=1):
+    """The frozen teacher of a checkpoint in eval mode; refused if it does not fit the data.
 
     Returns:
-        The network, and for the log its file and its accuracy in % on the very tensors it would guide with.
+        The network, and for the log its file, a checksum of its weights and its accuracy in % on the very
+        tensors that it would guide with.
     """
-    path = Path(args.teacher)
-    if args.teacher in CNNS:
-        theirs = parse([f"--dataset={args.dataset}", f"--data={args.data}", f"--model={args.teacher}",
-                        f"--seed={args.seed}", f"--device={args.device}"]
-                       + ([f"--classes={args.classes}"] if args.classes else []))
-        path, theirs.amp, theirs.compile = Path(theirs.out) / "last.pt", args.amp, args.compile
-        if path.exists():  # finished, or to be continued as it was begun
-            theirs = argparse.Namespace(**load_checkpoint(path)["args"])
-            theirs.device, theirs.data = args.device, args.data
-        theirs.resume = path.with_name("log.jsonl").exists()
-        if not path.exists() or len(load_checkpoint(path)["history"]) < theirs.epochs:
-            print(f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs")
-            run(theirs)
-            print()
     teacher, state = restore(path, args.dataset, data)
     name, size, epochs = state["args"]["model"], state["args"]["image_size"], len(state["history"])
     if size != TEACHER_SIZE or len(teacher.feature_channels) != 3:
         raise InputError(f"the teacher {path} is a {name} at {size} px, not a small ResNet at 32 px")
+    crc = crc32(b"".join(tensor.numpy().tobytes() for tensor in teacher.state_dict().values()))
     teacher.to(device).requires_grad_(False)
-    accuracy = evaluate(teacher, data, args.image_size, precision, as_teacher=True)  # leaves it in eval mode
+    accuracy = evaluate(teacher, data, args.image_size, precision, True, rank, ranks)  # leaves it in eval
     chance = 100 * data.y_test.bincount().max().item() / len(data.y_test)  # always the commonest class
     if accuracy < chance + 1:
         raise InputError(f"the teacher {path} is at chance ({accuracy:.1f} %): train it longer, or another")
     print(f"teacher: {name} of {path}, trained for {epochs} epochs; it gets {accuracy:.2f} % of the test "
           "images right, as it sees them while it guides")
-    return teacher, dict(teacher=str(path), teacher_acc=accuracy)
+    return teacher, dict(teacher=str(path), teacher_crc=crc, teacher_acc=accuracy)
 
 
 def in_words(schedule, epochs, beta, guide_epochs):
@@ -232,7 +278,7 @@ def provenance(args, device):
 
 
 class Progress:
-    """What an epoch shows while it runs; it stops the run on a loss that is not finite."""
+    """What an epoch shows while it runs; it stops the run on numbers that are not finite."""
 
     def __init__(self, args, epoch, beta, lr):
         self.args, self.epoch, self.beta, self.lr = args, epoch, beta, lr
@@ -242,9 +288,7 @@ class Progress:
         """After `step` steps; `means` so far: a tensor of cross-entropy, guidance loss and accuracy."""
         loss_cls, loss_guidance, accuracy = means.tolist()
         if not math.isfinite(loss_cls + loss_guidance):
-            raise InputError(f"the loss is not finite by step {step} of epoch {self.epoch}: "
-                             f"loss_cls {loss_cls}, loss_guidance {loss_guidance}, beta {self.beta:.3f}, lr "
-                             f"{self.lr:.2e}; last.pt keeps the epoch before; try a lower --lr or --no-amp")
+            self.stop("the loss is", step, loss_cls, loss_guidance)
         now = time.perf_counter()
         if step == 1:
             self.warm = now  # the first step also sets things up: it does not count
@@ -258,6 +302,12 @@ class Progress:
             speed = step * self.args.batch_size / (now - self.started)
             print(f"epoch {self.epoch}, step {step} of {steps}: loss_cls {loss_cls:.3f}, "
                   f"train {100 * accuracy:.1f} %, {speed:.0f} images/s", end="  \r", flush=True)
+
+    def stop(self, what, step, loss_cls, loss_guidance):
+        """Ends the run before such numbers reach a file."""
+        raise InputError(f"{what} not finite by step {step} of epoch {self.epoch}: loss_cls {loss_cls}, "
+                         f"loss_guidance {loss_guidance}, beta {self.beta:.3f}, lr {self.lr:.2e}; last.pt "
+                         "keeps the epoch before; try another --out with a lower --lr or --no-amp")
 
 
 def keep_freed_memory():
@@ -299,8 +349,9 @@ def pick_device(name, amp):
     return device, precision, f"{device} ({why}); {kind} ({why_precision})"
 
 
-def run(args):
-    """One run, from the data to the summary line; `args` comes from `parse`."""
+def run(args, rank=0, ranks=1):
+    """One run, from the data to the summary line; `args` comes from `parse`. Of `ranks` processes that share
+    the run only the first one (rank 0) writes."""
     out, last, log = Path(args.out), Path(args.out) / "last.pt", Path(args.out) / "log.jsonl"
     if args.resume and not log.exists():
         raise InputError(f"there is nothing to resume in {out}: check --out, or leave --resume out")
@@ -315,13 +366,16 @@ def run(args):
         raise InputError(f"{len(data.x_train)} images do not fill one batch; choose a smaller --batch-size")
     compiled, compiled_in_words = pick_compile(args.compile, device, steps * args.epochs)
     device_in_words += f"; {compiled_in_words}"
-    origin = provenance(args, device) | dict(precision=device_in_words)
-    if not log.exists():
+    origin = provenance(args, device) | dict(precision=device_in_words, processes=ranks)
+    if rank == 0 and not log.exists():
         write_log(log, [origin])
 
+    teacher, about_teacher = None, {}
     guided = args.schedule != "none" and args.beta > 0
-    teacher, about_teacher = ready_teacher(args, data, device, precision) if guided else (None, {})
-    torch.manual_seed(args.seed)  # weights, drop path
+    if guided:
+        path = train_teacher(args)
+        teacher, about_teacher = ready_teacher(path, args, data, device, precision, rank, ranks)
+    torch.manual_seed(args.seed)  # the first weights
     generator = torch.Generator().manual_seed(args.seed)  # order of the images, augmentation
     model = build(args.model, data.num_classes, args.image_size, args.patch_size)
     state = None
@@ -331,21 +385,25 @@ def run(args):
                  if value != getattr(args, key, None) and key not in ("resume", "out", "data", "device")]
         if other:
             raise InputError(f"{last} was made with other options: {'; '.join(other)}; choose the same")
+        if state["origin"].get("teacher_crc") != about_teacher.get("teacher_crc"):
+            raise InputError(f"{last} was guided by another teacher than {path} is now: bring that one back")
     model.to(device)
     guidance = Guidance(model.feature_channels, teacher.feature_channels).to(device) if guided else None
     optimizer = make_optimizer(model, guidance)
     adaptive, guiding, history = AdaptiveStop(), guided, []
     origin |= dict(**about_teacher, parameters=sum(p.numel() for p in model.parameters()), steps=steps)
     if state:
-        if guided:
-            guidance.load_state_dict(state["projections"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        try:
+            if guided:
+                guidance.load_state_dict(state["projections"])
+            optimizer.load_state_dict(state["optimizer"])
+            generator.set_state(state["generator"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{last} is no whole state of a run ({error}); start another --out") from error
         origin, history = state["origin"], state["history"]
         guiding, adaptive.history = state["guiding"], state["adaptive"]
+        if rank == 0:
+            write_log(log, [origin, *history])  # a kill between checkpoint and log has left it a line short
         print(f"resumed after epoch {len(history) - 1}")
 
     print(f"data: {args.dataset}, {len(data.x_train)} training and {len(data.x_test)} test images of "
@@ -359,16 +417,22 @@ def run(args):
     if compiled:  # what is saved, and evaluated, are the plain networks
         student = torch.compile(model)
         teacher, guide = (torch.compile(teacher), torch.compile(guidance)) if guided else (None, None)
+    if ranks > 1:  # averages the gradients of the processes, so that every step is that of the whole batch
+        student, guide = DistributedDataParallel(student), DistributedDataParallel(guide) if guided else None
     for epoch in range(len(history), args.epochs):
         beta = beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs) if guiding else 0.0
         lr = lr_at(epoch, args.epochs, args.lr, args.model in TRANSFORMERS)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        torch.manual_seed((args.seed * 10**6 + epoch * 10**3 + rank) % 2**63)  # drop path
         progress = Progress(args, epoch, beta, lr)
         loss_cls, loss_guidance, train_acc = train_epoch(
-            student, teacher, guide, optimizer, data, beta, args, generator, precision, progress)
+            student, teacher, guide, optimizer, data, beta, args, generator, precision, progress, rank, ranks)
         speed = steps * args.batch_size / (time.perf_counter() - progress.started)
-        val_acc = evaluate(model, data, args.image_size, precision)
+        weights = [*model.state_dict().values(), *(guidance.state_dict().values() if guided else [])]
+        if not torch.stack([weight.isfinite().all() for weight in weights]).all():
+            progress.stop("a weight is", steps, loss_cls, loss_guidance)
+        val_acc = evaluate(model, data, args.image_size, precision, False, rank, ranks)
         if args.schedule == "adaptive" and beta > 0:
             guiding = adaptive.update(loss_guidance)
         seconds = time.perf_counter() - progress.started
@@ -377,11 +441,11 @@ def run(args):
             train_acc=train_acc, val_acc=val_acc, seconds=seconds, images_per_second=speed))
         state = dict(
             model=model.state_dict(), projections=guidance.state_dict() if guided else None,
-            optimizer=optimizer.state_dict(), generator=generator.get_state(), rng=torch.get_rng_state(),
-            cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None, guiding=guiding,
+            optimizer=optimizer.state_dict(), generator=generator.get_state(), guiding=guiding,
             adaptive=adaptive.history, history=history, origin=origin, data=about_data, args=vars(args))
-        write_whole(last, lambda file, state=state: torch.save(state, file))
-        write_log(log, [origin, *history])
+        if rank == 0:
+            write_whole(last, lambda file, state=state: torch.save(state, file))
+            write_log(log, [origin, *history])
         guidance_now = f"{loss_guidance:.3f}" if beta else "-"
         print(f"epoch {epoch:3d}  beta {beta:.3f}  loss_cls {loss_cls:.3f}  loss_guidance {guidance_now:>6}  "
               f"train {train_acc:5.1f} %  val {val_acc:5.1f} %  {speed:.0f} images/s  "
@@ -466,27 +530,81 @@ def parse(argv=None):
     return args
 
 
+def join(args, rank, ranks):
+    """Makes this process number `rank` of the `ranks` that torchrun has started for one run.
+
+    Before, the first one fetches the data and trains the teacher, alone, as a CNN's BatchNorm wants whole
+    batches. The others wait for it, and show nothing.
+    """
+    if args.model in CNNS:
+        raise InputError(f"{args.model} trains in one process, as BatchNorm wants whole batches: use python")
+    if args.batch_size % ranks:
+        raise InputError(f"{ranks} processes cannot share batches of {args.batch_size}: choose a multiple")
+    cuda = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
+    args.device, local = "cuda" if cuda else "cpu", int(os.environ.get("LOCAL_RANK", rank))
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise InputError(f"no GPU is left for process {local}, of {torch.cuda.device_count()}; choose a "
+                             "lower --nproc_per_node, or --device cpu")
+        torch.cuda.set_device(local)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    else:
+        load(args.dataset, args.data, args.classes)
+        if args.schedule != "none" and args.beta > 0:
+            train_teacher(args)
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"the processes do not find each other ({error}); start them by torchrun") from error
+
+
+def terminated(*_):
+    """SIGTERM, from a cluster's scheduler or torchrun, ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt("SIGTERM")
+
+
 def main():
-    """The command line."""
+    """The command line, also in each of the processes that torchrun starts."""
     args = parse()
-    evaluate_file(args) if args.evaluate else run(args)
+    if args.evaluate:
+        return evaluate_file(args)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        with alone_in(Path(args.out)) if rank == 0 else nullcontext():
+            if ranks > 1:
+                join(args, rank, ranks)
+            run(args, rank, ranks)
+            if ranks > 1:
+                dist.destroy_process_group()
+    except KeyboardInterrupt:
+        program = f"torchrun --nproc_per_node={ranks}" if ranks > 1 else "python"
+        begun = ["--resume"] * Path(args.out, "log.jsonl").exists()
+        options = [option for option in sys.argv if option != "--resume"]
+        if rank == 0:
+            print(f"\nstopped; to go on: {program} {shlex.join(options + begun)}", file=sys.stderr)
+        raise
 
 
 def explain(program):
-    """Runs a program. What the user can mend ends with one line and exit code 1; Ctrl-C with 130."""
+    """Runs a program. What the user can mend ends with one line and exit code 1, Ctrl-C with 130 and SIGTERM
+    with 143."""
     try:
         program()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {str(error).splitlines()[0]} Choose a smaller --batch-size and another --out")
     except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        sys.exit(f"error: torch.compile failed ({str(error).splitlines()[0]}); try again with --no-compile")
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command with --resume goes on from the last epoch", file=sys.stderr)
-        sys.exit(130)
+        reason = str(error).splitlines()[0]
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(f"error: torch.compile failed ({reason}); try again with --no-compile")
+        if isinstance(error, dist.DistError) or "gloo" in reason:
+            sys.exit(f"error: another process of this run has ended ({reason}); go on with --resume")
+        raise
+    except KeyboardInterrupt as stop:
+        sys.exit(143 if stop.args else 130)
 
 
 if __name__ == "__main__":
