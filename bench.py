@@ -307,6 +307,8 @@ def lines(args, data, device, precision, compiled, rate):
 def main():
     """Shows the table row by row, and writes the --json file anew after each."""
     args = parse()
+    if args.json and Path(args.json).exists():
+        raise InputError(f"{args.json} exists already: choose another name")
     device, precision, in_words = pick_device(args.device, args.amp)
     cpu = device.type == "cpu"
     args.seed, args.batch_size = 0, args.batch_size or (16 if cpu else 128)

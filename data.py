@@ -18,7 +18,6 @@ import math
 import os
 import random
 import warnings
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path

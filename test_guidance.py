@@ -7,6 +7,7 @@ Images are generated; where a cache data/cifar100.npz is at hand, operations are
 
 import argparse
 import functools
+import importlib
 import json
 import math
 import os
@@ -1337,6 +1338,8 @@ def test_a_killed_run_resumes_bit_for_bit_and_the_order_of_options_does_not_matt
         uninterrupted.communicate()
         assert same_runs(tmp_path / whole, tmp_path / "parts" / whole)
     assert len(records(tmp_path / "student")[1]) == 5 and not list(tmp_path.rglob("*.partial"))
+    sessions = records(tmp_path / "parts" / "student")[0]["resumed"]  # the log tells of the interruptions
+    assert [session["epoch"] for session in sessions][0] == 2 and len(sessions) == 2
     assert train.load_checkpoint(tmp_path / "student" / "last.pt")["adaptive"]
 
 
@@ -1471,7 +1474,7 @@ def test_weights_that_are_not_finite_never_reach_a_file(small_glyphs, monkeypatc
 
 def test_a_resumed_run_is_not_guided_by_another_teacher(small_glyphs, monkeypatch):
     for seed in (0, 1):
-        command(monkeypatch, "--model", "resnet8", "--epochs", 2, "--seed", seed, "--out", f"teacher{seed}")
+        command(monkeypatch, "--model", "resnet8", "--epochs", 5, "--seed", seed, "--out", f"teacher{seed}")
     guided = ("--teacher", "teacher0/last.pt", "--epochs", 2, "--out", "run")
     command(monkeypatch, *guided)
     Path("teacher1/last.pt").replace("teacher0/last.pt")
@@ -1519,7 +1522,7 @@ def test_two_processes_train_as_one_resume_and_end_when_one_of_them_dies(tmp_pat
     assert running.returncode and time.monotonic() - began < 60
     assert re.search(r"stopped; to go on: torchrun .*--resume|another process of this run has ended", told), told
     done = len(records(tmp_path / "two")[1])
-    assert 2 <= done < 5 and not list(tmp_path.rglob("*.partial"))
+    assert 2 <= done < 5 and not list((tmp_path / "two").rglob("*.partial"))
     again = process(tmp_path, *MINI, "--out", "two", "--resume", launcher=torchrun)
     told = again.communicate()[0]
     assert again.returncode == 0 and told.count("resumed after epoch") == 1  # only the first process talks
@@ -1696,6 +1699,7 @@ BAD = {  # what is wrong, how it comes about, the command, what the message says
     "nothing to resume": (NOTHING, [*FEW, "--resume"], "nothing to resume in runs/cifar10-resnet8-seed0"),
     "finished run": (NOTHING, [*FEW, "--out", "run"], "run holds a run of 4 epochs already: continue it"),
     "other options": (NOTHING, [*RESUME, "--lr", "1"], "made with other options: lr was 0.1, is 1.0"),
+    "bench into a file": (content("a.json", b"{}"), ["bench.py", "--json", "a.json"], "a.json exists already"),
     "bench rows": (NOTHING, ["bench.py", "--rows", "all"], "invalid choice: 'all'"),
     "cache of nothing": (content("data/cifar10.npz", b""), FEW, "no usable cache.*delete it"),
     "cut cache": (content("data/cifar10.npz", 0.5), FEW, "cifar10.npz is no usable cache.*delete it"),
@@ -1797,6 +1801,113 @@ def test_what_can_sensibly_be_read_is_accepted(shell, tmp_path):
     (tmp_path / "set").rename(case / "set") if case.mkdir() is None else None
     assert shell(case, *FOLDER, "--out", "run") == (0, "")
     assert train.load_checkpoint(case / "run" / "last.pt")["data"]["train_images"] == 12
+
+
+# ------------------------------------------------------------------------------------------------- plots
+
+
+@pytest.fixture
+def plot():
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    return importlib.import_module("plot")
+
+
+def write_run(path, accuracies, seconds=60.0, **args):
+    """A log as train.py writes it."""
+    args = dict(dataset="cifar100", classes=None, model="deit_tiny", schedule="early", seed=0, epochs=3, augment="strong") | args
+    origin = dict(args=args, hardware="a CPU", threads=2, torch="2.15.0")
+    lines = [
+        dict(epoch=e, val_acc=a, seconds=seconds, beta=2.5 * (e < 1), loss_cls=2.0, loss_guidance=3.0 if e < 1 else None)
+        for e, a in enumerate(accuracies)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [origin, *lines]))
+    return path
+
+
+def test_the_table_has_mean_and_deviation_of_the_last_epoch_over_the_seeds(plot, tmp_path, monkeypatch, capsys):
+    last = [81.5, 82.25, 84.0]
+    for seed, accuracy in enumerate(last):
+        write_run(tmp_path / f"early{seed}.jsonl", [10, 90, accuracy], 66.0, seed=seed)
+    write_run(tmp_path / "none.jsonl", [5, 6, 7], schedule="none")
+    write_run(tmp_path / "slow.jsonl", [5, 6, 8], 120.0, schedule="none", augment="weak")
+    write_run(tmp_path / "resnet.jsonl", [1, 2, 3, 4], model="resnet56", schedule="none", epochs=4)
+    monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, tmp_path.glob("*.jsonl")), "--out", str(tmp_path / "f")])
+    plot.main()
+    table = (tmp_path / "f" / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    spread = f"{np.mean(last):.2f} ± {np.std(last, ddof=1):.2f}"
+    assert rows[1:] == [
+        ["deit_tiny alone, augment strong", "7.00", "1", "7.00", "7.00", "3.0", ""],
+        ["deit_tiny alone, augment weak", "8.00", "1", "8.00", "8.00", "6.0", ""],
+        ["deit_tiny + early guidance", spread, "3", "81.50, 82.25, 84.00", "90.00 ± 0.00", "3.3", ""],
+        ["resnet56", "4.00", "1", "4.00", "4.00", "4.0", ""],
+    ]
+    (tmp_path / "slow.jsonl").unlink()  # now there is one run without guidance to compare with
+    assert "| 3.3 | +10.0 % |" in plot.table(plot.read_rows(tmp_path.glob("*.jsonl")))
+    for name in ("accuracy", "time", "losses"):
+        with Image.open(tmp_path / "f" / f"{name}.png") as picture:
+            assert min(picture.size) > 400 and len(set(np.asarray(picture.convert("L")).flatten().tolist())) > 50
+
+
+def test_logs_that_do_not_belong_together_are_refused(plot, tmp_path, monkeypatch):
+    good = write_run(tmp_path / "a.jsonl", [1, 2, 3])
+    for message, change in (
+        ("data set cifar10", dict(dataset="cifar10")),
+        ("classes", dict(classes=20)),
+        ("epochs", dict(epochs=2)),
+        ("has 2 of 3 epochs: finish", dict(accuracies=[1, 2])),
+        ("repeats seed 0", dict()),
+    ):
+        change = dict(accuracies=[1, 2, 3][: change.get("epochs", 3)]) | change
+        bad = write_run(tmp_path / "b.jsonl", **change)
+        monkeypatch.setattr(sys, "argv", ["plot.py", str(good), str(bad), "--out", str(tmp_path / "f")])
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            train.explain(plot.main)
+    for content in ("", "{}", "[1]", "no json", json.dumps(dict(args={})), json.dumps(dict(args=dict(epochs=0)))):
+        (tmp_path / "b.jsonl").write_text(content)
+        with pytest.raises(InputError, match="b.jsonl is no log of train.py"):
+            plot.read_rows([tmp_path / "b.jsonl"])
+    with pytest.raises(InputError, match="absent"):
+        plot.read_rows([tmp_path / "absent"])
+
+
+def test_attention_is_that_of_the_model_and_its_distance_that_of_known_cases(plot):
+    model, images = randomise(deit_mini(10, 32, 8)).eval(), torch.randn(2, 3, 32, 32)
+    weights = plot.attention(model, images)
+    assert len(weights) == 6 and weights[0].shape == (2, 3, 17, 17)
+    torch.testing.assert_close(weights[3].sum(dim=3), torch.ones(2, 3, 17))
+    x = torch.cat((model.cls_token.expand(2, -1, -1), model.patch_embed(images).flatten(2).mT), 1) + model.pos_embed
+    for block, found in zip(model.blocks, weights):  # torch's own attention with an identity in place of v
+        q, k, _ = block.attn.qkv(block.norm1(x)).view(2, 17, 3, 3, 32).permute(2, 0, 3, 1, 4)
+        torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, torch.eye(17).expand(2, 3, 17, 17)))
+        x = block(x)
+
+    side, patch = 4, 8
+    places = [(patch * row, patch * column) for row in range(side) for column in range(side)]
+    apart = [[math.dist(a, b) for b in places] for a in places]
+    uniform = torch.full((1, 1, 17, 17), 1 / 17)
+    assert plot.attention_distance(uniform, patch).item() == pytest.approx(np.mean(apart), rel=1e-5)
+    itself = torch.eye(17)[None, None]
+    assert plot.attention_distance(itself, patch).item() == 0
+    corner = torch.zeros(1, 1, 17, 17)
+    corner[..., 0], corner[..., 1] = 0.75, 0.25  # mostly to cls, which does not count, else to the first patch
+    assert plot.attention_distance(corner, patch).item() == pytest.approx(np.mean(apart[0]), rel=1e-5)
+    two = plot.attention_distance(torch.cat((uniform, itself), dim=1), patch)  # heads are kept apart
+    assert two.shape == (2,) and two[1] == 0 and two[0] > 10
+
+
+def test_the_inside_of_the_networks_is_drawn_from_checkpoints(plot, small_glyphs, monkeypatch, capsys):
+    for schedule in ("none", "early"):
+        command(monkeypatch, "--schedule", schedule, "--epochs", 2, "--out", schedule)
+    monkeypatch.setattr(sys, "argv", ["plot.py", "none", "early", "runs/glyphs-resnet8-seed0", "--look"])
+    train.explain(plot.main)
+    assert {path.name for path in Path("figures").iterdir()} == {
+        "table.md", "accuracy.png", "time.png", "losses.png", "examples.png", "attention.png", "maps-early.png"}  # fmt: skip
+    Path("early/last.pt").unlink()
+    with pytest.raises(SystemExit, match="no checkpoint early/last.pt"):
+        train.explain(plot.main)
+
 
 
 def test_the_readme_quotes_the_code_and_its_commands_exist():
@@ -1967,9 +2078,10 @@ def test_the_bench_shows_and_writes_what_it_measured(monkeypatch, tmp_path, caps
     small = "--model deit_mini --image-size 32 --patch-size 8 --batch-size 4 --images 9 --repeats 2".split()
 
     def measured(*flags):
-        monkeypatch.setattr(sys, "argv", ["bench.py", *small, *flags, "--json", str(tmp_path / "b.json")])
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        monkeypatch.setattr(sys, "argv", ["bench.py", *small, *flags, "--json", str(path)])
         bench.main()
-        found, printed = json.loads((tmp_path / "b.json").read_text()), capsys.readouterr().out
+        found, printed = json.loads(path.read_text()), capsys.readouterr().out
         assert [line["name"] for line in found["rows"]] == [
             row.split("|")[1].strip() for row in printed.splitlines() if row.startswith("| ")
         ][1:]

@@ -391,7 +391,8 @@ def run(args, rank=0, ranks=1):
     guidance = Guidance(model.feature_channels, teacher.feature_channels).to(device) if guided else None
     optimizer = make_optimizer(model, guidance)
     adaptive, guiding, history = AdaptiveStop(), guided, []
-    origin |= dict(**about_teacher, parameters=sum(p.numel() for p in model.parameters()), steps=steps)
+    parameters, about_data = sum(p.numel() for p in model.parameters()), fingerprint(data)
+    origin |= dict(**about_teacher, parameters=parameters, steps=steps, data=about_data)
     if state:
         try:
             if guided:
@@ -400,8 +401,10 @@ def run(args, rank=0, ranks=1):
             generator.set_state(state["generator"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(f"{last} is no whole state of a run ({error}); start another --out") from error
-        origin, history = state["origin"], state["history"]
-        guiding, adaptive.history = state["guiding"], state["adaptive"]
+        history, guiding, adaptive.history = state["history"], state["guiding"], state["adaptive"]
+        keys = ("started", "git_commit", "torch", "hardware", "threads", "processes")
+        session = dict(epoch=len(history), **{key: origin[key] for key in keys})  # perhaps on another machine
+        origin = state["origin"] | dict(resumed=[*state["origin"].get("resumed", []), session])
         if rank == 0:
             write_log(log, [origin, *history])  # a kill between checkpoint and log has left it a line short
         print(f"resumed after epoch {len(history) - 1}")
@@ -413,7 +416,7 @@ def run(args, rank=0, ranks=1):
           f"device: {device_in_words}\n"
           f"guidance: {in_words(args.schedule, args.epochs, args.beta, args.guide_epochs)}\n"
           f"log and checkpoint: {out}", flush=True)
-    student, guide, about_data = model, guidance, fingerprint(data)
+    student, guide = model, guidance
     if compiled:  # what is saved, and evaluated, are the plain networks
         student = torch.compile(model)
         teacher, guide = (torch.compile(teacher), torch.compile(guidance)) if guided else (None, None)
