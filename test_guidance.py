@@ -1135,6 +1135,13 @@ def test_a_run_interrupted_while_guidance_ends_resumes_to_the_same_weights_and_l
     assert same_runs("whole", "parts") and [line["beta"] for line in records("parts")[1]] == [2.5, 1.25, 0]
 
 
+def test_both_forms_of_the_loss_can_be_chosen_and_start_from_the_same_maps(small_glyphs, monkeypatch):
+    for form in ("mean", "sum"):  # with so small a learning rate both keep their first maps
+        command(monkeypatch, "--schedule", "constant", "--epochs", 1, "--lr", 1e-12, "--reduction", form, "--out", form)
+    mean, total = (records(form)[1][0]["loss_guidance"] for form in ("mean", "sum"))
+    assert 16 * mean < total < 64 * mean  # sum = C_i * mean in each layer, C = 16, 32, 64
+
+
 def test_adaptive_guidance_ends_when_its_rule_says_so_and_the_teacher_is_not_called_again(
     small_glyphs, monkeypatch
 ):
@@ -1688,6 +1695,7 @@ BAD = {  # what is wrong, how it comes about, the command, what the message says
     "beta": (NOTHING, ["--beta", "-1"], "beta must be finite and at least 0"),
     "guide epochs": (NOTHING, ["--guide-epochs", "0"], "guide_epochs must be at least 1"),
     "guided CNN": (NOTHING, [*FEW, "--schedule", "early"], "takes no guidance: leave --schedule out"),
+    "adaptive sum": (NOTHING, ["--schedule", "adaptive", "--reduction", "sum"], "made for the mean form"),
     "large teacher": (NOTHING, ["--teacher", "resnet18"], "resnet18 is no teacher: choose"),
     "meta device": (NOTHING, [*FEW, "--device", "meta"], "does not work here.*leave it out"),
     "absent GPU": (NOTHING, [*FEW, "--device", "cuda:99"], "does not work here"),

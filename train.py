@@ -388,7 +388,9 @@ def run(args, rank=0, ranks=1):
         if state["origin"].get("teacher_crc") != about_teacher.get("teacher_crc"):
             raise InputError(f"{last} was guided by another teacher than {path} is now: bring that one back")
     model.to(device)
-    guidance = Guidance(model.feature_channels, teacher.feature_channels).to(device) if guided else None
+    guidance = None
+    if guided:
+        guidance = Guidance(model.feature_channels, teacher.feature_channels, args.reduction).to(device)
     optimizer = make_optimizer(model, guidance)
     adaptive, guiding, history = AdaptiveStop(), guided, []
     parameters, about_data = sum(p.numel() for p in model.parameters()), fingerprint(data)
@@ -488,6 +490,8 @@ def parse(argv=None):
     add("--model", choices=[*TRANSFORMERS, *CNNS], help="default: deit_tiny (glyphs: deit_mini)")
     add("--schedule", choices=["none", "constant", "early", "adaptive"], help="of beta (default: early)")
     add("--beta", type=float, default=2.5, help="weight of the guidance loss at the start (default: 2.5)")
+    add("--reduction", choices=["mean", "sum"], default="mean", help="of L_guidance over channels; the paper's "
+        "formula says sum, its code does mean, and to that beta = 2.5 belongs (default: mean)")
     add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (early: a third)")
     add("--teacher", metavar="FILE", help="its last.pt, or its model's name (default: resnet56)")
     add("--epochs", type=int)
@@ -516,6 +520,8 @@ def parse(argv=None):
     if args.model in CNNS and args.schedule not in (None, "none"):
         fail(f"{args.model} is a CNN and takes no guidance: leave --schedule out")
     args.schedule = args.schedule or ("early" if args.model in TRANSFORMERS else "none")
+    if args.schedule == "adaptive" and args.reduction == "sum":
+        fail("the adaptive rule is made for the mean form of the loss: leave --reduction out")
     if args.teacher == "resnet18":
         fail("resnet18 is no teacher: choose resnet56, resnet20 or resnet8")
     for key, least in dict(epochs=1, batch_size=2, image_size=8, patch_size=1, lr=1e-12, seed=0).items():
