@@ -1271,9 +1271,9 @@ MINI = ("--dataset", "cifar10", "--model", "deit_mini", "--image-size", "32", "-
         "--batch-size", "16", "--schedule", "adaptive", "--teacher", "teacher/last.pt")  # fmt: skip
 
 
-def easy_cache(path):
+def easy_cache(path, count=160):
     """Ten classes that differ in brightness: learnt at once, so that a teacher is not at chance."""
-    rng, (train_labels, test_labels) = np.random.default_rng(0), (np.arange(n) % 10 for n in (160, 50))
+    rng, (train_labels, test_labels) = np.random.default_rng(0), (np.arange(n) % 10 for n in (count, 50))
     images = [(rng.integers(0, 120, (len(labels), 32, 32, 3)) + 13 * labels[:, None, None, None]).astype(np.uint8)
               for labels in (train_labels, test_labels)]  # fmt: skip
     small_cache(path, x_train=images[0], y_train=train_labels, x_test=images[1], y_test=test_labels)
@@ -1918,17 +1918,6 @@ def test_the_inside_of_the_networks_is_drawn_from_checkpoints(plot, small_glyphs
 
 
 
-def test_the_readme_quotes_the_code_and_its_commands_exist():
-    readme, code = (HERE / "README.md").read_text(), (HERE / "guidance.py").read_text().splitlines()
-    quoted = readme.split("```python\n")[1].split("```")[0].splitlines()
-    assert len(quoted) > 6 and all(line in code or line.strip() == "..." for line in quoted)
-    commands = re.findall(r"python train\.py((?: +-[^`\n|]*)?)", readme.replace("\\\n", " "))
-    assert len(commands) >= 9
-    for command in commands:
-        if "--help" not in command and "..." not in command and " S " not in command:
-            train.parse(shlex.split(command))
-
-
 def test_a_full_gpu_memory_and_a_missing_git_do_not_end_in_a_traceback(small_glyphs, monkeypatch):
     def no_git(*args, **options):
         raise FileNotFoundError("git")
@@ -2178,3 +2167,79 @@ def test_memory_is_kept_only_where_the_c_library_can(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(train.ctypes, "CDLL", None)
     train.keep_freed_memory()
+
+
+# ----------------------------------------------------------------------------------------- documentation
+
+README = (HERE / "README.md").read_text()
+
+
+def test_the_readme_quotes_the_code_as_it_is():
+    code, quoted = (HERE / "guidance.py").read_text().splitlines(), README.split("```python\n")[1].split("```")[0]
+    assert len(quoted.splitlines()) > 6
+    assert all(line in code or line.strip() == "..." for line in quoted.splitlines())
+
+
+def test_links_and_file_lengths_of_the_readme_hold():
+    targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"`((?:results|figures)/[^`*]+)`", README)
+    assert len(targets) >= 8
+    for target in targets:
+        assert target.startswith("https://") or (HERE / target).exists(), target
+    lengths = dict(re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) \|", README, re.MULTILINE))
+    assert lengths.keys() == {path.name for path in HERE.glob("*.py")}
+    for name, said in lengths.items():
+        true = len((HERE / name).read_text().splitlines())
+        assert true == pytest.approx(int(said.replace(",", "")), rel=0.05), (name, true)
+
+
+def test_the_tables_of_the_readme_are_what_plot_makes_of_the_committed_logs(plot):
+    for folder in ("cifar100-20classes", "glyphs"):
+        for line in plot.table(plot.read_rows((HERE / "results" / folder).glob("*.jsonl"))).splitlines():
+            assert line in README, line
+        assert {"accuracy.png", "time.png", "losses.png"} <= {p.name for p in (HERE / "figures" / folder).iterdir()}
+
+
+def easy_tree(root):
+    """Two classes that differ in brightness, for --dataset folder."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 10)):
+        for i, name in enumerate(("dark", "light")):
+            (root / split / name).mkdir(parents=True)
+            for j in range(count):
+                pixels = rng.integers(0, 120, (32, 32, 3), dtype=np.uint8) + np.uint8(130 * i)
+                Image.fromarray(pixels).save(root / split / name / f"{j}.png")
+
+
+def test_every_training_command_of_the_readme_runs_scaled_down(shell, tmp_path):
+    """The rows, the small version, one's own images: to the end, on easy images, at 32 px, for one epoch. `python
+    train.py` itself is what .ci/run runs; torchrun has a test of its own."""
+    case = tmp_path / "case"
+    easy_cache(case / "data" / "cifar100.npz", 80)
+    easy_tree(case / "DIR")
+    commands = re.findall(r"^(?:    |\| [^|]* \| `)python train\.py( [^`|\n]+)", README.replace("\\\n", " "), re.MULTILINE)
+    commands = {command.strip() for command in commands if "--dataset" in command and "chaoyang" not in command}
+    assert len(commands) == 9, commands
+    for command in sorted(commands):
+        argv = shlex.split(command)
+        about = [word for i, word in enumerate(argv) if {"--dataset", "--classes", "--data"} & {word, argv[i - 1]}]
+        small = ["--epochs", "1", "--batch-size", "40", "--image-size", "32"]
+        if not {"resnet56", "resnet20", "resnet18"} & {argv[argv.index("--model") + 1] if "--model" in argv else ""}:
+            teacher = "-".join(about).replace("--", "")
+            small += ["--patch-size", "8", "--teacher", f"{teacher}/last.pt"]
+            if not (case / teacher).exists():
+                train_it = [*about, "--model", "resnet8", "--epochs", "6", "--batch-size", "16", "--out", teacher]
+                assert shell(case, *train_it) == (0, "")
+        assert shell(case, *argv, *small, "--out", "run") == (0, ""), command
+        first, epochs = records(case / "run")
+        assert len(epochs) == 1 and all(str(first["args"][k[2:]]) == v for k, v in zip(about[::2], about[1::2]))
+        shutil.rmtree(case / "run")
+
+
+def test_the_readmes_own_transformer_trains_under_guidance(small_glyphs, monkeypatch):
+    space = dict(nn=nn, torchvision=torchvision)
+    exec(README.split("```python\n")[2].split("```")[0], space)
+    monkeypatch.setitem(train.TRANSFORMERS, "swin", space["Swin"])
+    command(monkeypatch, "--model", "swin", "--epochs", 3, "--batch-size", 16, "--lr", 1e-3, "--schedule", "constant",
+            "--classes", 3, "--out", "run")  # fmt: skip
+    lines = records("run")[1]
+    assert lines[2]["loss_guidance"] < 0.9 * lines[0]["loss_guidance"]

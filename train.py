@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import CLASSES, InputError, batches, load, prepare, write_whole
 from guidance import AdaptiveStop, Guidance, beta_at
 from model import deit_mini, deit_tiny
-from teacher import resnet8, resnet18, resnet20, resnet56
+from teacher import ResNet, resnet8, resnet18, resnet20, resnet56
 
 try:
     import fcntl
@@ -133,9 +133,9 @@ def make_optimizer(model, guidance, fused=True):
     free = [p for name, p in named if p.ndim == 1 or name in ("cls_token", "pos_embed")]
     decayed = [p for name, p in named if p.ndim > 1 and name not in ("cls_token", "pos_embed")]
     groups = [dict(params=decayed), dict(params=free, weight_decay=0)]
-    if hasattr(model, "cls_token"):
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.05, fused=fused)
-    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
+    if isinstance(model, ResNet):
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.05, fused=fused)
 
 
 def build(name, num_classes, image_size, patch_size):
@@ -490,8 +490,8 @@ def parse(argv=None):
     add("--model", choices=[*TRANSFORMERS, *CNNS], help="default: deit_tiny (glyphs: deit_mini)")
     add("--schedule", choices=["none", "constant", "early", "adaptive"], help="of beta (default: early)")
     add("--beta", type=float, default=2.5, help="weight of the guidance loss at the start (default: 2.5)")
-    add("--reduction", choices=["mean", "sum"], default="mean", help="of L_guidance over channels; the paper's "
-        "formula says sum, its code does mean, and to that beta = 2.5 belongs (default: mean)")
+    add("--reduction", choices=["mean", "sum"], default="mean",
+        help="L_guidance over channels: sum in the formula, mean in the paper's code (default: mean)")
     add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (early: a third)")
     add("--teacher", metavar="FILE", help="its last.pt, or its model's name (default: resnet56)")
     add("--epochs", type=int)
