@@ -162,27 +162,29 @@ def look(rows, out, count=64):
     for axes, i in zip(panels.flat, spread):
         axes.imshow(data.x_test[i].permute(1, 2, 0).numpy())
     save(figure, out / "examples.png")
+    students = {name: runs[0] for name, runs in rows.items() if runs[0]["args"]["model"] not in CNNS}
     figure, [[axes]] = subplots(1, 1, (6.4, 4.8))
-    for i, (name, (run, *_)) in enumerate(rows.items()):
+    for i, (name, run) in enumerate(students.items()):
         args = run["args"]
-        if args["model"] in CNNS:
-            continue
         model, state = restore(run["path"].with_name("last.pt"), args["dataset"], data)
         images = prepare(data.x_test[spread], args["image_size"])
         distances = [attention_distance(w, args["patch_size"]) for w in attention(model.eval(), images)]
+        label = f"{name}: mean {torch.stack(distances).mean():.1f} px"
         for block, heads in enumerate(distances):
-            axes.plot([block + 1 + (i - 1) / 8] * len(heads), heads.numpy(), "o^sDv<>"[i % 7], alpha=0.8,
-                      color=COLOURS[i % len(COLOURS)], label=None if block else name)
+            axes.plot([block + (i - 1) / 8] * len(heads), heads.numpy(), "o^sDv<>"[i % 7], alpha=0.8,
+                      color=COLOURS[i % len(COLOURS)], label=None if block else label)
         if state["projections"]:
-            draw_maps(model, state, data, images[::9], out / f"maps-{args['schedule']}.png")
-    axes.set(xlabel="block", ylabel="mean attention distance of each head, pixels")
+            draw_maps(model, state, data, images[1::16], out / f"maps-{args['schedule']}.png")
+        alike = attention_distance(torch.ones(1, 1, 1 + model.grid**2, 1 + model.grid**2), args["patch_size"])
+        axes.axhline(alike.item(), color="grey", linewidth=1)
+    axes.set(xlabel="block (grey: attention to all patches alike)", ylabel="distance of each head, pixels")
     save(figure, out / "attention.png", axes)
 
 
 @torch.no_grad()
 def draw_maps(model, state, data, images, path):
     """Draws images, and of each the teacher's maps beside the student's projected ones, channels averaged."""
-    teacher, about = restore(state["origin"]["teacher"], state["args"]["dataset"], data)
+    teacher, _ = restore(state["origin"]["teacher"], state["args"]["dataset"], data)
     guidance = Guidance(model.feature_channels, teacher.feature_channels)
     guidance.load_state_dict(state["projections"])
     _, theirs = teacher.eval()(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))

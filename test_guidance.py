@@ -2235,11 +2235,15 @@ def test_every_training_command_of_the_readme_runs_scaled_down(shell, tmp_path):
         shutil.rmtree(case / "run")
 
 
-def test_the_readmes_own_transformer_trains_under_guidance(small_glyphs, monkeypatch):
+def test_the_readmes_own_transformer_trains_under_guidance(monkeypatch, tmp_path):
     space = dict(nn=nn, torchvision=torchvision)
     exec(README.split("```python\n")[2].split("```")[0], space)
     monkeypatch.setitem(train.TRANSFORMERS, "swin", space["Swin"])
-    command(monkeypatch, "--model", "swin", "--epochs", 3, "--batch-size", 16, "--lr", 1e-3, "--schedule", "constant",
-            "--classes", 3, "--out", "run")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    easy_cache(Path("data/cifar10.npz"), 80)
+    small = ("--dataset", "cifar10", "--batch-size", 16)
+    command(monkeypatch, *small, "--model", "resnet8", "--epochs", 6, "--out", "teacher")
+    swin = ("--model", "swin", "--epochs", 3, "--lr", 1e-3, "--image-size", 32, "--schedule", "constant")
+    command(monkeypatch, *small, *swin, "--teacher", "teacher/last.pt", "--out", "run")
     lines = records("run")[1]
     assert lines[2]["loss_guidance"] < 0.9 * lines[0]["loss_guidance"]
