@@ -56,9 +56,9 @@ GLYPHS_VIT = dict(model="deit_mini", teacher="resnet8", epochs=26, batch_size=32
                   patch_size=16, augment="weak")
 GLYPHS_CNN = dict(epochs=5, batch_size=64, lr=0.1, image_size=TEACHER_SIZE, augment="weak")
 SMALLER = """
-  python train.py --dataset cifar100 --classes 20 --model resnet20 --epochs 20
+  python train.py --dataset cifar100 --classes 20 --model resnet20 --epochs 30
   python train.py --dataset cifar100 --classes 20 --model deit_mini --image-size 32 --patch-size 4 \\
-      --batch-size 64 --lr 1e-3 --epochs 16 --teacher resnet20"""
+      --batch-size 64 --lr 1e-3 --epochs 30 --teacher resnet20"""
 
 
 def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generator, precision, progress,
@@ -353,12 +353,6 @@ def run(args, rank=0, ranks=1):
     """One run, from the data to the summary line; `args` comes from `parse`. Of `ranks` processes that share
     the run only the first one (rank 0) writes."""
     out, last, log = Path(args.out), Path(args.out) / "last.pt", Path(args.out) / "log.jsonl"
-    if args.resume and not log.exists():
-        raise InputError(f"there is nothing to resume in {out}: check --out, or leave --resume out")
-    if last.exists() and not args.resume:
-        done = len(load_checkpoint(last)["history"])
-        raise InputError(f"{out} holds a run of {done} epochs already: continue it with --resume, or choose "
-                         "another --out")
     device, precision, device_in_words = pick_device(args.device, args.amp)
     data = load(args.dataset, args.data, args.classes, device)
     steps = len(data.x_train) // args.batch_size
@@ -568,6 +562,17 @@ def join(args, rank, ranks):
         raise InputError(f"the processes do not find each other ({error}); start them by torchrun") from error
 
 
+def check_out(args):
+    """Refuses to resume what is not there, and to overwrite what is."""
+    log, last = Path(args.out, "log.jsonl"), Path(args.out, "last.pt")
+    if args.resume and not log.exists():
+        raise InputError(f"there is nothing to resume in {args.out}: check --out, or leave --resume out")
+    if last.exists() and not args.resume:
+        done = len(load_checkpoint(last)["history"])
+        raise InputError(f"{args.out} holds a run of {done} epochs already: continue it with --resume, or "
+                         "choose another --out")
+
+
 def terminated(*_):
     """SIGTERM, from a cluster's scheduler or torchrun, ends a run as Ctrl-C does."""
     raise KeyboardInterrupt("SIGTERM")
@@ -582,6 +587,7 @@ def main():
     signal.signal(signal.SIGTERM, terminated)
     try:
         with alone_in(Path(args.out)) if rank == 0 else nullcontext():
+            check_out(args)
             if ranks > 1:
                 join(args, rank, ranks)
             run(args, rank, ranks)
