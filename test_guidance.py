@@ -1112,9 +1112,7 @@ def test_one_command_trains_the_teacher_then_the_guided_student_and_tells_its_st
     assert Path("runs/glyphs-deit_mini-early-seed0/last.pt").read_bytes() == before
 
 
-def test_a_run_interrupted_while_guidance_ends_resumes_to_the_same_weights_and_log(
-    small_glyphs, monkeypatch
-):
+def test_a_run_interrupted_while_guidance_ends_resumes_to_the_same_weights_and_log(small_glyphs, monkeypatch):
     run = ("--schedule", "early", "--guide-epochs", 2, "--model", "deit_mini")
     command(monkeypatch, "--model", "resnet8")
     command(monkeypatch, *run, "--out", "whole")
@@ -1137,7 +1135,19 @@ def test_a_run_interrupted_while_guidance_ends_resumes_to_the_same_weights_and_l
 
 def test_both_forms_of_the_loss_can_be_chosen_and_start_from_the_same_maps(small_glyphs, monkeypatch):
     for form in ("mean", "sum"):  # with so small a learning rate both keep their first maps
-        command(monkeypatch, "--schedule", "constant", "--epochs", 1, "--lr", 1e-12, "--reduction", form, "--out", form)
+        command(
+            monkeypatch,
+            "--schedule",
+            "constant",
+            "--epochs",
+            1,
+            "--lr",
+            1e-12,
+            "--reduction",
+            form,
+            "--out",
+            form,
+        )
     mean, total = (records(form)[1][0]["loss_guidance"] for form in ("mean", "sum"))
     assert 16 * mean < total < 64 * mean  # sum = C_i * mean in each layer, C = 16, 32, 64
 
@@ -1267,16 +1277,18 @@ def test_a_run_of_days_says_so_after_four_steps_and_names_a_smaller_command(monk
 # ----------------------------------------------------------------------------------------------- trust
 
 FEW = ("--dataset", "cifar10", "--model", "resnet8", "--epochs", "4", "--batch-size", "16")  # on easy_cache
-MINI = ("--dataset", "cifar10", "--model", "deit_mini", "--image-size", "32", "--patch-size", "8", "--epochs", "5",
-        "--batch-size", "16", "--schedule", "adaptive", "--teacher", "teacher/last.pt")  # fmt: skip
+MINI = ("--dataset", "cifar10", "--model", "deit_mini", "--image-size", "32", "--patch-size", "8", "--epochs",
+        "5", "--batch-size", "16", "--schedule", "adaptive", "--teacher", "teacher/last.pt")  # fmt: skip
 
 
 def easy_cache(path, count=160):
     """Ten classes that differ in brightness: learnt at once, so that a teacher is not at chance."""
     rng, (train_labels, test_labels) = np.random.default_rng(0), (np.arange(n) % 10 for n in (count, 50))
-    images = [(rng.integers(0, 120, (len(labels), 32, 32, 3)) + 13 * labels[:, None, None, None]).astype(np.uint8)
-              for labels in (train_labels, test_labels)]  # fmt: skip
-    small_cache(path, x_train=images[0], y_train=train_labels, x_test=images[1], y_test=test_labels)
+    x_train, x_test = (
+        (rng.integers(0, 120, (len(y), 32, 32, 3)) + 13 * y[:, None, None, None]).astype(np.uint8)
+        for y in (train_labels, test_labels)
+    )
+    small_cache(path, x_train=x_train, y_train=train_labels, x_test=x_test, y_test=test_labels)
 
 
 def process(folder, *argv, launcher=()):
@@ -1473,7 +1485,9 @@ def test_weights_that_are_not_finite_never_reach_a_file(small_glyphs, monkeypatc
         return result
 
     monkeypatch.setattr(train, "train_epoch", spoil)
-    with pytest.raises(SystemExit, match=r"a weight is not finite .* epoch 1: .*beta 0.000, lr .*e-02; last.pt"):
+    with pytest.raises(
+        SystemExit, match=r"a weight is not finite .* epoch 1: .*beta 0.000, lr .*e-02; last.pt"
+    ):
         command(monkeypatch, "--model", "resnet8", "--epochs", 3, "--out", "run")
     assert len(records("run")[1]) == 1
     assert all(tensor.isfinite().all() for tensor in train.load_checkpoint("run/last.pt")["model"].values())
@@ -1485,7 +1499,9 @@ def test_a_resumed_run_is_not_guided_by_another_teacher(small_glyphs, monkeypatc
     guided = ("--teacher", "teacher0/last.pt", "--epochs", 2, "--out", "run")
     command(monkeypatch, *guided)
     Path("teacher1/last.pt").replace("teacher0/last.pt")
-    with pytest.raises(SystemExit, match="run/last.pt was guided by another teacher than teacher0/last.pt is now"):
+    with pytest.raises(
+        SystemExit, match="run/last.pt was guided by another teacher than teacher0/last.pt is now"
+    ):
         command(monkeypatch, *guided, "--resume")
 
 
@@ -1513,7 +1529,7 @@ def test_the_parts_of_several_processes_are_together_the_batches_of_one():
 
 
 def test_two_processes_train_as_one_resume_and_end_when_one_of_them_dies(tmp_path):
-    """torchrun with two gloo processes: the same losses as in one process, also across a kill and a resume."""
+    """torchrun with two gloo processes: the losses of one process, also across a kill and a resume."""
     easy_cache(tmp_path / "data" / "cifar10.npz")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     ended = process(tmp_path, *FEW, "--out", "teacher")
@@ -1527,7 +1543,9 @@ def test_two_processes_train_as_one_resume_and_end_when_one_of_them_dies(tmp_pat
     os.kill(int(listed[1]), signal.SIGKILL)
     told = running.communicate()[1]
     assert running.returncode and time.monotonic() - began < 60
-    assert re.search(r"stopped; to go on: torchrun .*--resume|another process of this run has ended", told), told
+    assert re.search(r"stopped; to go on: torchrun .*--resume|another process of this run has ended", told), (
+        told
+    )
     done = len(records(tmp_path / "two")[1])
     assert 2 <= done < 5 and not list((tmp_path / "two").rglob("*.partial"))
     again = process(tmp_path, *MINI, "--out", "two", "--resume", launcher=torchrun)
@@ -1565,7 +1583,8 @@ for line in sys.stdin:
         sys.argv = case["argv"]
         code = 0
         try:
-            exec(programs[sys.argv[0]], dict(__name__="__main__", __file__=os.path.join({here!r}, sys.argv[0])))
+            file = os.path.join({here!r}, sys.argv[0])
+            exec(programs[sys.argv[0]], dict(__name__="__main__", __file__=file))
         except SystemExit as stop:  # as Python does it, without taking a second to tidy up all of torch
             code = stop.code
         except BaseException:
@@ -1617,7 +1636,11 @@ class Malicious:
 
 def png(width, height):
     """A PNG image that claims any size and holds no pixel."""
-    chunks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b""), b"IEND")
+    chunks = (
+        b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
+        b"IDAT" + zlib.compress(b""),
+        b"IEND",
+    )
     packed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
@@ -1703,11 +1726,11 @@ BAD = {  # what is wrong, how it comes about, the command, what the message says
     "large batch": (NOTHING, [*FEW, "--batch-size", "999"], "160 images do not fill one batch; choose"),
     "many classes": (NOTHING, [*FEW, "--classes", "11"], "choose from 2 to 10"),
     "one class": (NOTHING, [*FEW, "--classes", "1"], "choose from 2 to 10"),
-    "out is a file": (content("file", b""), [*FEW, "--out", "file"], "cannot write into file .*another --out"),
+    "out is a file": (content("file", b""), [*FEW, "--out", "file"], "cannot write into file .*--out"),
     "nothing to resume": (NOTHING, [*FEW, "--resume"], "nothing to resume in runs/cifar10-resnet8-seed0"),
     "finished run": (NOTHING, [*FEW, "--out", "run"], "run holds a run of 4 epochs already: continue it"),
     "other options": (NOTHING, [*RESUME, "--lr", "1"], "made with other options: lr was 0.1, is 1.0"),
-    "bench into a file": (content("a.json", b"{}"), ["bench.py", "--json", "a.json"], "a.json exists already"),
+    "bench into a file": (content("a.json", b"{}"), ["bench.py", "--json", "a.json"], "a.json exists"),
     "bench rows": (NOTHING, ["bench.py", "--rows", "all"], "invalid choice: 'all'"),
     "cache of nothing": (content("data/cifar10.npz", b""), FEW, "no usable cache.*delete it"),
     "cut cache": (content("data/cifar10.npz", 0.5), FEW, "cifar10.npz is no usable cache.*delete it"),
@@ -1731,11 +1754,11 @@ BAD = {  # what is wrong, how it comes about, the command, what the message says
     "malicious checkpoint": (checkpoint(lambda state: Malicious()), EVALUATE, "damaged or no checkpoint"),
     "malicious teacher": (checkpoint(lambda state: {**state, "data": Malicious()}), TAUGHT, "no checkpoint"),
     "cache as checkpoint": (NOTHING, ["--evaluate", "data/cifar10.npz"], "damaged or no checkpoint"),
-    "foreign checkpoint": (checkpoint(lambda state: state["model"]), EVALUATE, "not written by this train.py"),
+    "foreign checkpoint": (checkpoint(lambda state: state["model"]), EVALUATE, "not written by this"),
     "empty args": (checkpoint(lambda state: state["args"].clear()), EVALUATE, "not written by this train.py"),
-    "other weights": (checkpoint(lambda state: state["model"].popitem() and 0), EVALUATE, "not hold the network"),
-    "no optimiser": (checkpoint(lambda state: state.pop("optimizer") and 0), RESUME, "not written by this train.py"),
-    "empty optimiser": (checkpoint(lambda state: state["optimizer"].clear()), RESUME, "no whole state of a run"),
+    "other weights": (checkpoint(lambda state: state["model"].popitem() and 0), EVALUATE, "not hold the net"),
+    "no optimiser": (checkpoint(lambda state: state.pop("optimizer") and 0), RESUME, "not written by this"),
+    "empty optimiser": (checkpoint(lambda state: state["optimizer"].clear()), RESUME, "no whole state"),
     "teacher of other data": (cache(y_train=np.zeros(20, int)), TAUGHT, "was trained on other data"),
     "teacher at chance": (
         checkpoint(lambda state: [tensor.zero_() for tensor in state["model"].values()] and None),
@@ -1743,27 +1766,31 @@ BAD = {  # what is wrong, how it comes about, the command, what the message says
         "is at chance .*train it longer, or another",
     ),
     "no folder": (NOTHING, FOLDER, "set/train.*must hold train/<class>"),
-    "image of nothing": (tree(content("set/train/cat/a.png", b"")), FOLDER, "cannot read .*a.png .*replace it"),
+    "image of nothing": (tree(content("set/train/cat/a.png", b"")), FOLDER, "read .*a.png .*replace it"),
     "cut image": (tree(content("set/val/cat/image 0.png", 0.5)), FOLDER, "cannot read .*image 0.png"),
     "text as image": (tree(content("set/val/cat/a b é.jpg", b"text")), FOLDER, "cannot read .*a b é.jpg"),
     "16 bits": (tree(image("set/val/cat/deep.png", "I;16")), FOLDER, "more than 8 bits a channel"),
     "float image": (tree(image("set/val/cat/float.tiff", "F")), FOLDER, "more than 8 bits a channel"),
-    "bomb": (tree(content("set/train/cat/a.png", png(30_000, 30_000))), FOLDER, "cannot read .*a.png.*exceeds"),
+    "bomb": (tree(content("set/train/cat/a.png", png(30_000, 30_000))), FOLDER, "read .*a.png.*exceeds"),
     "small bomb": (tree(content("set/val/cat/a.png", png(10_000, 10_000))), FOLDER, "a.png.*exceeds"),
-    "dangling link": (tree(lambda: Path("set/val/cat/a.png").symlink_to("gone")), FOLDER, "cannot read .*a.png"),
+    "dangling link": (tree(lambda: Path("set/val/cat/a.png").symlink_to("gone")), FOLDER, "read .*a.png"),
     "empty class": (tree(lambda: Path("set/train/cow").mkdir()), FOLDER, "cow"),
-    "single class": (tree(lambda: [shutil.rmtree(f"set/{s}/cat") for s in ("train", "val")]), FOLDER, "two or more"),
+    "single class": (
+        tree(lambda: [shutil.rmtree(f"set/{s}/cat") for s in ("train", "val")]),
+        FOLDER,
+        "two or more are needed",
+    ),
     "other classes": (tree(lambda: Path("set/val/cat").rename("set/val/cow")), FOLDER, "the same in both"),
     "no test folder": (tree(lambda: shutil.rmtree("set/val")), FOLDER, "must hold train/<class>"),
     "one image a class": (
-        tree(lambda: [Path(f"set/train/{c}/image {i}.png").unlink() for c in ("cat", "dög") for i in (0, 1)]),
+        tree(lambda: [path.unlink() for path in Path("set/train").glob("*/image [01].png")]),
         [*FOLDER, "--batch-size", "3"],
         "2 images do not fill one batch; choose a smaller --batch-size",
     ),
     "locked image": (tree(lambda: Path("set/train/cat/image 0.png").chmod(0)), FOLDER, "ermission"),
     "locked output": (lambda: Path(".").chmod(0o555), FEW, "cannot write into runs.*ermission"),
     "no Chaoyang": (NOTHING, CHAOYANG, "train.json is missing.*ask the authors"),
-    "no json": (lambda: (lists()(), content("set/test.json", b"{")()), CHAOYANG, "test.json is missing or no list"),
+    "no json": (lambda: (lists()(), content("set/test.json", b"{")()), CHAOYANG, "test.json .*no list"),
     "deep json": (lambda: (lists()(), content("set/train.json", b"[" * 10**5)()), CHAOYANG, "train.json"),
     "empty list": (lists(train=[]), CHAOYANG, "train.json is empty"),
     "a number": (lists(train=7), CHAOYANG, "train.json is missing or no list"),
@@ -1776,7 +1803,9 @@ BAD = {  # what is wrong, how it comes about, the command, what the message says
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_ends_with_one_line_and_leaves_what_was_written(shell, trained, tmp_path, monkeypatch, case):
+def test_bad_input_ends_with_one_line_and_leaves_what_was_written(
+    shell, trained, tmp_path, monkeypatch, case
+):
     break_it, argv, message = BAD[case]
     folder = tmp_path / "case"
     shutil.copytree(trained, folder)
@@ -1822,28 +1851,54 @@ def plot():
 
 def write_run(path, accuracies, seconds=60.0, **args):
     """A log as train.py writes it."""
-    args = dict(dataset="cifar100", classes=None, model="deit_tiny", schedule="early", seed=0, epochs=3, augment="strong") | args
+    args = (
+        dict(
+            dataset="cifar100",
+            classes=None,
+            model="deit_tiny",
+            schedule="early",
+            seed=0,
+            epochs=3,
+            augment="strong",
+        )
+        | args
+    )
     origin = dict(args=args, hardware="a CPU", threads=2, torch="2.15.0")
     lines = [
-        dict(epoch=e, val_acc=a, seconds=seconds, beta=2.5 * (e < 1), loss_cls=2.0, loss_guidance=3.0 if e < 1 else None)
+        dict(
+            epoch=e,
+            val_acc=a,
+            seconds=seconds,
+            beta=2.5 * (e < 1),
+            loss_cls=2.0,
+            loss_guidance=3.0 if e < 1 else None,
+        )
         for e, a in enumerate(accuracies)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in [origin, *lines]))
     return path
 
 
-def test_the_table_has_mean_and_deviation_of_the_last_epoch_over_the_seeds(plot, tmp_path, monkeypatch, capsys):
+def test_the_table_has_mean_and_deviation_of_the_last_epoch_over_the_seeds(
+    plot, tmp_path, monkeypatch, capsys
+):
     last = [81.5, 82.25, 84.0]
     for seed, accuracy in enumerate(last):
         write_run(tmp_path / f"early{seed}.jsonl", [10, 90, accuracy], 66.0, seed=seed)
     write_run(tmp_path / "none.jsonl", [5, 6, 7], schedule="none")
     write_run(tmp_path / "slow.jsonl", [5, 6, 8], 120.0, schedule="none", augment="weak")
     write_run(tmp_path / "resnet.jsonl", [1, 2, 3, 4], model="resnet56", schedule="none", epochs=4)
-    monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, tmp_path.glob("*.jsonl")), "--out", str(tmp_path / "f")])
+    monkeypatch.setattr(
+        sys, "argv", ["plot.py", *map(str, tmp_path.glob("*.jsonl")), "--out", str(tmp_path / "f")]
+    )
     plot.main()
     table = (tmp_path / "f" / "table.md").read_text()
     assert table in capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("| ")
+    ]
     spread = f"{np.mean(last):.2f} ± {np.std(last, ddof=1):.2f}"
     assert rows[1:] == [
         ["deit_tiny alone, augment strong", "7.00", "1", "7.00", "7.00", "3.0", ""],
@@ -1855,7 +1910,9 @@ def test_the_table_has_mean_and_deviation_of_the_last_epoch_over_the_seeds(plot,
     assert "| 3.3 | +10.0 % |" in plot.table(plot.read_rows(tmp_path.glob("*.jsonl")))
     for name in ("accuracy", "time", "losses"):
         with Image.open(tmp_path / "f" / f"{name}.png") as picture:
-            assert min(picture.size) > 400 and len(set(np.asarray(picture.convert("L")).flatten().tolist())) > 50
+            assert (
+                min(picture.size) > 400 and len(set(np.asarray(picture.convert("L")).flatten().tolist())) > 50
+            )
 
 
 def test_logs_that_do_not_belong_together_are_refused(plot, tmp_path, monkeypatch):
@@ -1872,7 +1929,14 @@ def test_logs_that_do_not_belong_together_are_refused(plot, tmp_path, monkeypatc
         monkeypatch.setattr(sys, "argv", ["plot.py", str(good), str(bad), "--out", str(tmp_path / "f")])
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             train.explain(plot.main)
-    for content in ("", "{}", "[1]", "no json", json.dumps(dict(args={})), json.dumps(dict(args=dict(epochs=0)))):
+    for content in (
+        "",
+        "{}",
+        "[1]",
+        "no json",
+        json.dumps(dict(args={})),
+        json.dumps(dict(args=dict(epochs=0))),
+    ):
         (tmp_path / "b.jsonl").write_text(content)
         with pytest.raises(InputError, match="b.jsonl is no log of train.py"):
             plot.read_rows([tmp_path / "b.jsonl"])
@@ -1885,10 +1949,15 @@ def test_attention_is_that_of_the_model_and_its_distance_that_of_known_cases(plo
     weights = plot.attention(model, images)
     assert len(weights) == 6 and weights[0].shape == (2, 3, 17, 17)
     torch.testing.assert_close(weights[3].sum(dim=3), torch.ones(2, 3, 17))
-    x = torch.cat((model.cls_token.expand(2, -1, -1), model.patch_embed(images).flatten(2).mT), 1) + model.pos_embed
+    x = (
+        torch.cat((model.cls_token.expand(2, -1, -1), model.patch_embed(images).flatten(2).mT), 1)
+        + model.pos_embed
+    )
     for block, found in zip(model.blocks, weights):  # torch's own attention with an identity in place of v
         q, k, _ = block.attn.qkv(block.norm1(x)).view(2, 17, 3, 3, 32).permute(2, 0, 3, 1, 4)
-        torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, torch.eye(17).expand(2, 3, 17, 17)))
+        torch.testing.assert_close(
+            found, F.scaled_dot_product_attention(q, k, torch.eye(17).expand(2, 3, 17, 17))
+        )
         x = block(x)
 
     side, patch = 4, 8
@@ -1899,7 +1968,10 @@ def test_attention_is_that_of_the_model_and_its_distance_that_of_known_cases(plo
     itself = torch.eye(17)[None, None]
     assert plot.attention_distance(itself, patch).item() == 0
     corner = torch.zeros(1, 1, 17, 17)
-    corner[..., 0], corner[..., 1] = 0.75, 0.25  # mostly to cls, which does not count, else to the first patch
+    corner[..., 0], corner[..., 1] = (
+        0.75,
+        0.25,
+    )  # mostly to cls, which does not count, else to the first patch
     assert plot.attention_distance(corner, patch).item() == pytest.approx(np.mean(apart[0]), rel=1e-5)
     two = plot.attention_distance(torch.cat((uniform, itself), dim=1), patch)  # heads are kept apart
     assert two.shape == (2,) and two[1] == 0 and two[0] > 10
@@ -1911,11 +1983,11 @@ def test_the_inside_of_the_networks_is_drawn_from_checkpoints(plot, small_glyphs
     monkeypatch.setattr(sys, "argv", ["plot.py", "none", "early", "runs/glyphs-resnet8-seed0", "--look"])
     train.explain(plot.main)
     assert {path.name for path in Path("figures").iterdir()} == {
-        "table.md", "accuracy.png", "time.png", "losses.png", "examples.png", "attention.png", "maps-early.png"}  # fmt: skip
+        "table.md", "accuracy.png", "time.png", "losses.png",
+        "examples.png", "attention.png", "maps-early.png"}  # fmt: skip
     Path("early/last.pt").unlink()
     with pytest.raises(SystemExit, match="no checkpoint early/last.pt"):
         train.explain(plot.main)
-
 
 
 def test_a_full_gpu_memory_and_a_missing_git_do_not_end_in_a_traceback(small_glyphs, monkeypatch):
@@ -2175,7 +2247,10 @@ README = (HERE / "README.md").read_text()
 
 
 def test_the_readme_quotes_the_code_as_it_is():
-    code, quoted = (HERE / "guidance.py").read_text().splitlines(), README.split("```python\n")[1].split("```")[0]
+    code, quoted = (
+        (HERE / "guidance.py").read_text().splitlines(),
+        README.split("```python\n")[1].split("```")[0],
+    )
     assert len(quoted.splitlines()) > 6
     assert all(line in code or line.strip() == "..." for line in quoted.splitlines())
 
@@ -2196,7 +2271,9 @@ def test_the_tables_of_the_readme_are_what_plot_makes_of_the_committed_logs(plot
     for folder in ("cifar100-20classes", "glyphs"):
         for line in plot.table(plot.read_rows((HERE / "results" / folder).glob("*.jsonl"))).splitlines():
             assert line in README, line
-        assert {"accuracy.png", "time.png", "losses.png"} <= {p.name for p in (HERE / "figures" / folder).iterdir()}
+        assert {"accuracy.png", "time.png", "losses.png"} <= {
+            p.name for p in (HERE / "figures" / folder).iterdir()
+        }
 
 
 def easy_tree(root):
@@ -2211,27 +2288,47 @@ def easy_tree(root):
 
 
 def test_every_training_command_of_the_readme_runs_scaled_down(shell, tmp_path):
-    """The rows, the small version, one's own images: to the end, on easy images, at 32 px, for one epoch. `python
-    train.py` itself is what .ci/run runs; torchrun has a test of its own."""
+    """The rows, the small version, one's own images: to the end, on easy images, at 32 px, for one epoch.
+    `python train.py` itself is what .ci/run runs; torchrun has a test of its own."""
     case = tmp_path / "case"
     easy_cache(case / "data" / "cifar100.npz", 80)
     easy_tree(case / "DIR")
-    commands = re.findall(r"^(?:    |\| [^|]* \| `)python train\.py( [^`|\n]+)", README.replace("\\\n", " "), re.MULTILINE)
-    commands = {command.strip() for command in commands if "--dataset" in command and "chaoyang" not in command}
+    commands = re.findall(
+        r"^(?:    |\| [^|]* \| `)python train\.py( [^`|\n]+)", README.replace("\\\n", " "), re.MULTILINE
+    )
+    commands = {
+        command.strip() for command in commands if "--dataset" in command and "chaoyang" not in command
+    }
     assert len(commands) == 9, commands
     for command in sorted(commands):
         argv = shlex.split(command)
-        about = [word for i, word in enumerate(argv) if {"--dataset", "--classes", "--data"} & {word, argv[i - 1]}]
+        about = [
+            word for i, word in enumerate(argv) if {"--dataset", "--classes", "--data"} & {word, argv[i - 1]}
+        ]
         small = ["--epochs", "1", "--batch-size", "40", "--image-size", "32"]
-        if not {"resnet56", "resnet20", "resnet18"} & {argv[argv.index("--model") + 1] if "--model" in argv else ""}:
+        if not {"resnet56", "resnet20", "resnet18"} & {
+            argv[argv.index("--model") + 1] if "--model" in argv else ""
+        }:
             teacher = "-".join(about).replace("--", "")
             small += ["--patch-size", "8", "--teacher", f"{teacher}/last.pt"]
             if not (case / teacher).exists():
-                train_it = [*about, "--model", "resnet8", "--epochs", "6", "--batch-size", "16", "--out", teacher]
+                train_it = [
+                    *about,
+                    "--model",
+                    "resnet8",
+                    "--epochs",
+                    "6",
+                    "--batch-size",
+                    "16",
+                    "--out",
+                    teacher,
+                ]
                 assert shell(case, *train_it) == (0, "")
         assert shell(case, *argv, *small, "--out", "run") == (0, ""), command
         first, epochs = records(case / "run")
-        assert len(epochs) == 1 and all(str(first["args"][k[2:]]) == v for k, v in zip(about[::2], about[1::2]))
+        assert len(epochs) == 1 and all(
+            str(first["args"][k[2:]]) == v for k, v in zip(about[::2], about[1::2])
+        )
         shutil.rmtree(case / "run")
 
 
