@@ -2,6 +2,7 @@
 
     python plot.py runs/* --out figures            accuracy by epoch and by time, losses, table.md; also from
                                                    logs alone: results/glyphs/*.jsonl
+    python plot.py runs/* --out figures --untimed  without times: these runs shared a machine with others
     python plot.py runs/* --out figures --look     and, from the runs' last.pt, how far attention reaches, the
                                                    feature maps, examples of the data set
 
@@ -71,7 +72,8 @@ def read_rows(paths):
         peers = [peer["args"] for peer in runs
                  if (peer["args"]["model"], peer["args"]["schedule"]) == (args["model"], args["schedule"])]
         other = [f"{key.replace('_', ' ')} {args[key]}" for key in args
-                 if key not in never and len({str(peer.get(key)) for peer in peers}) > 1]
+                 if key not in never and args[key] is not None
+                 and len({str(peer[key]) for peer in peers if key in peer}) > 1]
         name = args["model"] if args["model"] in CNNS else f"{args['model']} {NAMES[args['schedule']]}"
         row = rows.setdefault(", ".join([name, *other]), [])
         if args["seed"] in [other["args"]["seed"] for other in row]:
@@ -90,9 +92,9 @@ def curve(axes, i, name, runs, key, by_time=False):
     axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
-def draw_curves(rows, out):
-    """accuracy.png, time.png and losses.png."""
-    for file, label in (("accuracy", "epochs"), ("time", "minutes of training and validation")):
+def draw_curves(rows, out, timed=True):
+    """accuracy.png, time.png where timed, and losses.png."""
+    for file, label in (("accuracy", "epochs"), ("time", "minutes of training and validation"))[: 1 + timed]:
         figure, [[axes]] = subplots(1, 1, (6.4, 4.8))
         for i, (name, runs) in enumerate(rows.items()):
             curve(axes, i, name, runs, "val_acc", file == "time")
@@ -107,7 +109,7 @@ def draw_curves(rows, out):
     save(figure, out / "losses.png", panels[0])
 
 
-def table(rows):
+def table(rows, timed=True):
     """The table of the research summary in Markdown: accuracy after the last epoch, best beside it, time."""
 
     def spread(values):
@@ -115,16 +117,17 @@ def table(rows):
 
     minutes = {name: mean(sum(line["seconds"] for line in run["epochs"]) / 60 for run in runs)
                for name, runs in rows.items()}
-    lines = ["| | val_acc % of the last epoch | n | by seed | of the best epoch | minutes | guidance adds |",
-             "|---|--:|--:|---|--:|--:|--:|"]
+    lines = ["| | val_acc % of the last epoch | n | by seed | of the best epoch |", "|---|--:|--:|---|--:|"]
+    if timed:
+        lines = [lines[0] + " minutes | guidance adds |", lines[1] + "--:|--:|"]
     for name, runs in rows.items():
         last = [run["epochs"][-1]["val_acc"] for run in runs]
         best = [max(line["val_acc"] for line in run["epochs"]) for run in runs]
         alone = minutes.get(name.replace(NAMES[runs[0]["args"]["schedule"]], NAMES["none"]))
         added = f"{100 * (minutes[name] / alone - 1):+.1f} %" if "guidance" in name and alone else ""
         each = ", ".join(f"{value:.2f}" for value in last)
-        lines.append(f"| {name} | {spread(last)} | {len(runs)} | {each} | {spread(best)} | "
-                     f"{minutes[name]:.1f} | {added} |")
+        lines.append(f"| {name} | {spread(last)} | {len(runs)} | {each} | {spread(best)} |"
+                     + (f" {minutes[name]:.1f} | {added} |" if timed else ""))
     origins = [run["origin"] for runs in rows.values() for run in runs]
     where = sorted({f"{o['hardware']}, {o['threads']} threads, torch {o['torch']}" for o in origins})
     return "\n".join([*lines, "", f"{'; '.join(where)}. The commands are in the logs' first lines.", ""])
@@ -145,12 +148,13 @@ def attention(model, images):
 
 def attention_distance(weights, patch_size):
     """How far each head looks, in pixels: the mean distance from a patch to all, weighted by its attention to
-    them, cls token left out (figure 7 of the ViT paper). (B, heads, 1 + N, 1 + N) -> (heads,)."""
+    them, cls token left out (figure 7 of the ViT paper). (B, heads, 1 + N, 1 + N) -> (heads,). A patch that
+    attends to nothing but the cls token does not count."""
     patches = weights[:, :, 1:, 1:]
     side = round(patches.shape[-1] ** 0.5)
     place = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float() * patch_size  # (N, 2)
     patches = patches / patches.sum(dim=3, keepdim=True)
-    return (patches * torch.cdist(place, place)).sum(dim=3).mean(dim=(0, 2))
+    return (patches * torch.cdist(place, place)).sum(dim=3).nanmean(dim=(0, 2))
 
 
 def look(rows, out, count=64):
@@ -169,7 +173,7 @@ def look(rows, out, count=64):
         model, state = restore(run["path"].with_name("last.pt"), args["dataset"], data)
         images = prepare(data.x_test[spread], args["image_size"])
         distances = [attention_distance(w, args["patch_size"]) for w in attention(model.eval(), images)]
-        label = f"{name}: mean {torch.stack(distances).mean():.1f} px"
+        label = f"{name}: mean {torch.stack(distances).nanmean():.1f} px"
         for block, heads in enumerate(distances):
             axes.plot([block + (i - 1) / 8] * len(heads), heads.numpy(), "o^sDv<>"[i % 7], alpha=0.8,
                       color=COLOURS[i % len(COLOURS)], label=None if block else label)
@@ -212,7 +216,7 @@ def subplots(rows, columns, inches):
 def save(figure, path, named=None):
     """Writes a figure, beneath it the legend of the axes `named`, and says so."""
     if named:
-        figure.legend(*named.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(*named.get_legend_handles_labels(), loc="outside lower center", frameon=False)
     write_whole(path, lambda file: figure.savefig(file, dpi=150))
     print(path)
 
@@ -222,12 +226,14 @@ def main():
     parser = argparse.ArgumentParser(prog="plot.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where to write (default: figures)")
+    parser.add_argument("--untimed", action="store_true", help="leave times out, as they say nothing")
     parser.add_argument("--look", action="store_true", help="also draw from checkpoints, inside the networks")
     args = parser.parse_args()
     rows, out = read_rows(args.runs), Path(args.out)
-    write_whole(out / "table.md", lambda file: file.write(table(rows).encode()))
-    print(table(rows))
-    draw_curves(rows, out)
+    text = table(rows, not args.untimed)
+    write_whole(out / "table.md", lambda file: file.write(text.encode()))
+    print(text)
+    draw_curves(rows, out, not args.untimed)
     if args.look:
         look(rows, out)
 

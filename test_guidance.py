@@ -1973,6 +1973,9 @@ def test_attention_is_that_of_the_model_and_its_distance_that_of_known_cases(plo
         0.25,
     )  # mostly to cls, which does not count, else to the first patch
     assert plot.attention_distance(corner, patch).item() == pytest.approx(np.mean(apart[0]), rel=1e-5)
+    corner[0, 0, 5:], corner[0, 0, 5:, 0] = 0, 1  # most patches look at nothing but cls: they do not count
+    first = np.mean(apart[0][:4])
+    assert plot.attention_distance(corner, patch).item() == pytest.approx(first, rel=1e-5)
     two = plot.attention_distance(torch.cat((uniform, itself), dim=1), patch)  # heads are kept apart
     assert two.shape == (2,) and two[1] == 0 and two[0] > 10
 
@@ -2268,10 +2271,10 @@ def test_links_and_file_lengths_of_the_readme_hold():
 
 
 def test_the_tables_of_the_readme_are_what_plot_makes_of_the_committed_logs(plot):
-    for folder in ("cifar100-20classes", "glyphs"):
-        for line in plot.table(plot.read_rows((HERE / "results" / folder).glob("*.jsonl"))).splitlines():
-            assert line in README, line
-        assert {"accuracy.png", "time.png", "losses.png"} <= {
+    for folder, timed in (("cifar100-20classes", False), ("glyphs", True)):
+        table = plot.table(plot.read_rows((HERE / "results" / folder).glob("*.jsonl")), timed)
+        assert table == (HERE / "figures" / folder / "table.md").read_text() and table.strip() in README
+        assert {"accuracy.png", "losses.png"} <= {
             p.name for p in (HERE / "figures" / folder).iterdir()
         }
 
