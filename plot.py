@@ -57,7 +57,7 @@ def in_order(run):
 def read_rows(paths):
     """Runs by row of the table, {name: runs of several seeds}; refused if they do not belong together. A name
     is model, schedule and whatever other option distinguishes the row."""
-    runs, rows = sorted(map(read_run, paths), key=in_order), {}
+    runs, rows = sorted(map(read_run, sorted(map(str, paths))), key=in_order), {}
     students = [run for run in runs if run["args"]["model"] not in CNNS]
     for what, found in (("data set", {run["args"]["dataset"] for run in runs}),
                         ("classes", {run["args"]["classes"] for run in runs}),

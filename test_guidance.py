@@ -1060,8 +1060,12 @@ def command(monkeypatch, *argv):
     train.explain(train.main)
 
 
+def records_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def records(folder):
-    first, *epochs = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+    first, *epochs = records_of(Path(folder, "log.jsonl"))
     return first, epochs
 
 
@@ -2277,6 +2281,13 @@ def test_the_tables_of_the_readme_are_what_plot_makes_of_the_committed_logs(plot
         assert {"accuracy.png", "losses.png"} <= {
             p.name for p in (HERE / "figures" / folder).iterdir()
         }
+
+
+def test_the_exercises_of_the_readme_end_where_their_logs_end():
+    told = README.split("## Exercises")[1].split("\n## ")[0]
+    found = [records_of(path)[-1]["val_acc"] for path in (HERE / "results" / "exercises").glob("*.jsonl")]
+    stated = re.findall(r"\| ([\d.]+) % \|$", told, re.MULTILINE)
+    assert len(stated) == 6 and sorted(f"{value:.1f}" for value in found) == sorted(stated)
 
 
 def easy_tree(root):
