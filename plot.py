@@ -9,7 +9,6 @@
 Curves show the mean of the seeds and, shaded, their range. Runs that do not belong together are refused.
 """
 
-import argparse
 import json
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,7 +24,7 @@ except ModuleNotFoundError:
 
 from data import MEAN, STD, InputError, load, prepare, write_whole
 from guidance import Guidance
-from train import CNNS, TEACHER_SIZE, explain, restore
+from train import CNNS, TEACHER_SIZE, Options, explain, restore
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 LINES = ("-", "--", "-.", ":")  # so that a print without colours can be read as well
@@ -223,7 +222,7 @@ def save(figure, path, named=None):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(prog="plot.py", description=__doc__.splitlines()[0])
+    parser = Options(prog="plot.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where to write (default: figures)")
     parser.add_argument("--untimed", action="store_true", help="leave times out, as they say nothing")

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -1189,7 +1190,7 @@ def test_every_model_is_a_row_of_the_table(small_glyphs, monkeypatch, model):
 
 
 def test_a_compiled_run_and_one_in_bfloat16_end_near_the_plain_one(small_glyphs, monkeypatch):
-    """--amp and --compile through a whole run; what inductor makes of it is the claim of another test below."""
+    """--amp and --compile through a whole run; inductor itself has a test of its own below."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for flags in ((), ("--amp",), ("--compile",)):
         command(monkeypatch, "--model", "resnet8", "--epochs", 4, *flags, "--out", f"run{''.join(flags)}")
@@ -1476,7 +1477,35 @@ def test_two_processes_never_train_into_one_folder(small_glyphs, monkeypatch):
         with pytest.raises(SystemExit, match="another process trains into run: wait"):
             command(monkeypatch, "--model", "resnet8", "--epochs", 1, "--out", "run")
         assert not Path("run/log.jsonl").exists()
+        with monkeypatch.context() as windows:  # which has no such lock
+            windows.setattr(train, "fcntl", None)
+            train.alone_in(Path("run")).close()
     command(monkeypatch, "--model", "resnet8", "--epochs", 1, "--out", "run")
+
+
+def test_processes_that_cannot_run_together_say_why(small_glyphs, monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="do not find each other .*start them by torchrun"):
+        command(monkeypatch, "--schedule", "none", "--device", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(SystemExit, match="no GPU is left for process 99"):
+        command(monkeypatch, "--schedule", "none", "--device", "cuda")
+
+    def lonely():
+        raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+    with pytest.raises(SystemExit, match="another process of this run has ended .*--resume"):
+        train.explain(lonely)
+
+
+def test_without_matplotlib_plot_says_what_to_install(monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        runpy.run_path(str(HERE / "plot.py"))
 
 
 def test_weights_that_are_not_finite_never_reach_a_file(small_glyphs, monkeypatch):
@@ -1912,6 +1941,13 @@ def test_the_table_has_mean_and_deviation_of_the_last_epoch_over_the_seeds(
         ["deit_tiny + early guidance", spread, "3", "81.50, 82.25, 84.00", "90.00 ± 0.00", "3.3", ""],
         ["resnet56", "4.00", "1", "4.00", "4.00", "4.0", ""],
     ]
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(tmp_path / "untimed"), "--untimed"])
+    plot.main()
+    assert "minutes" in table and "minutes" not in (tmp_path / "untimed" / "table.md").read_text()
+    assert not (tmp_path / "untimed" / "time.png").exists()
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--unknown"])
+    with pytest.raises(SystemExit, match="error: .*required.*; see python plot.py --help"):
+        train.explain(plot.main)
     (tmp_path / "slow.jsonl").unlink()  # now there is one run without guidance to compare with
     assert "| 3.3 | +10.0 % |" in plot.table(plot.read_rows(tmp_path.glob("*.jsonl")))
     for name in ("accuracy", "time", "losses"):

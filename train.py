@@ -241,7 +241,7 @@ def ready_teacher(path, args, data, device, precision, rank=0, ranks=1):
         raise InputError(f"the teacher {path} is a {name} at {size} px, not a small ResNet at 32 px")
     crc = crc32(b"".join(tensor.numpy().tobytes() for tensor in teacher.state_dict().values()))
     teacher.to(device).requires_grad_(False)
-    accuracy = evaluate(teacher, data, args.image_size, precision, True, rank, ranks)  # leaves it in eval
+    accuracy = evaluate(teacher, data, args.image_size, precision, as_teacher=True, rank=rank, ranks=ranks)
     chance = 100 * data.y_test.bincount().max().item() / len(data.y_test)  # always the commonest class
     if accuracy < chance + 1:
         raise InputError(f"the teacher {path} is at chance ({accuracy:.1f} %): train it longer, or another")
@@ -319,7 +319,7 @@ def keep_freed_memory():
 
 
 def pick_compile(asked, device, steps):
-    """Whether to compile, and in words why; asked: True, False or None. Compiling takes a minute or more."""
+    """Whether to compile, and in words why; asked: True, False or None. It pays in long runs only."""
     if asked is not None:
         return asked, f"{'torch.compile' if asked else 'eager'} (as asked)"
     if device.type != "cuda" or steps < 20_000 or not find_spec("triton"):
@@ -400,7 +400,9 @@ def run(args, rank=0, ranks=1):
         history, guiding, adaptive.history = state["history"], state["guiding"], state["adaptive"]
         keys = ("started", "git_commit", "torch", "hardware", "threads", "processes")
         session = dict(epoch=len(history), **{key: origin[key] for key in keys})  # perhaps on another machine
-        origin = state["origin"] | dict(resumed=[*state["origin"].get("resumed", []), session])
+        origin = state["origin"]
+        if len(history) < args.epochs:
+            origin = origin | dict(resumed=[*origin.get("resumed", []), session])
         if rank == 0:
             write_log(log, [origin, *history])  # a kill between checkpoint and log has left it a line short
         print(f"resumed after epoch {len(history) - 1}")
@@ -431,7 +433,7 @@ def run(args, rank=0, ranks=1):
         weights = [*model.state_dict().values(), *(guidance.state_dict().values() if guided else [])]
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
             progress.stop("a weight is", steps, loss_cls, loss_guidance)
-        val_acc = evaluate(model, data, args.image_size, precision, False, rank, ranks)
+        val_acc = evaluate(model, data, args.image_size, precision, rank=rank, ranks=ranks)
         if args.schedule == "adaptive" and beta > 0:
             guiding = adaptive.update(loss_guidance)
         seconds = time.perf_counter() - progress.started
