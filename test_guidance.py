@@ -1058,7 +1058,11 @@ def small_glyphs(monkeypatch, tmp_path):
 
 def command(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
-    train.explain(train.main)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        train.explain(train.main)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def records_of(path):
@@ -1499,6 +1503,24 @@ def test_processes_that_cannot_run_together_say_why(small_glyphs, monkeypatch):
 
     with pytest.raises(SystemExit, match="another process of this run has ended .*--resume"):
         train.explain(lonely)
+
+
+def test_a_sigterm_that_comes_while_a_run_ends_does_not_cut_off_the_reason(tmp_path):
+    """torchrun sends one to every process as soon as another has failed, be it an instant after this one."""
+    script = """
+import os, signal, sys, train
+class Late(train.InputError):
+    def __str__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "the reason"
+def run(*_):
+    raise Late
+train.run = run
+train.explain(train.main)
+"""
+    argv = [sys.executable, "-c", script, *map(str, FEW), "--out", str(tmp_path)]
+    ended = subprocess.run(argv, capture_output=True, text=True, cwd=HERE)
+    assert (ended.returncode, ended.stderr) == (1, "error: the reason\n")
 
 
 def test_without_matplotlib_plot_says_what_to_install(monkeypatch):
@@ -2316,9 +2338,7 @@ def test_the_tables_of_the_readme_are_what_plot_makes_of_the_committed_logs(plot
     for folder, timed in (("cifar100-20classes", False), ("glyphs", True)):
         table = plot.table(plot.read_rows((HERE / "results" / folder).glob("*.jsonl")), timed)
         assert table == (HERE / "figures" / folder / "table.md").read_text() and table.strip() in README
-        assert {"accuracy.png", "losses.png"} <= {
-            p.name for p in (HERE / "figures" / folder).iterdir()
-        }
+        assert {"accuracy.png", "losses.png"} <= {p.name for p in (HERE / "figures" / folder).iterdir()}
 
 
 def test_the_exercises_of_the_readme_end_where_their_logs_end():

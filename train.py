@@ -595,11 +595,13 @@ def main():
             run(args, rank, ranks)
             if ranks > 1:
                 dist.destroy_process_group()
-    except KeyboardInterrupt:
-        program = f"torchrun --nproc_per_node={ranks}" if ranks > 1 else "python"
-        begun = ["--resume"] * Path(args.out, "log.jsonl").exists()
-        options = [option for option in sys.argv if option != "--resume"]
-        if rank == 0:
+    except BaseException as reason:
+        # torchrun sends a SIGTERM as soon as another process has failed: the reason is to be told first
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if isinstance(reason, KeyboardInterrupt) and rank == 0:
+            program = f"torchrun --nproc_per_node={ranks}" if ranks > 1 else "python"
+            begun = ["--resume"] * Path(args.out, "log.jsonl").exists()
+            options = [option for option in sys.argv if option != "--resume"]
             print(f"\nstopped; to go on: {program} {shlex.join(options + begun)}", file=sys.stderr)
         raise
 
