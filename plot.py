@@ -128,7 +128,8 @@ def table(rows, timed=True):
         lines.append(f"| {name} | {spread(last)} | {len(runs)} | {each} | {spread(best)} |"
                      + (f" {minutes[name]:.1f} | {added} |" if timed else ""))
     origins = [run["origin"] for runs in rows.values() for run in runs]
-    where = sorted({f"{o['hardware']}, {o['threads']} threads, torch {o['torch']}" for o in origins})
+    where = sorted({f"{o['hardware']}, {o['threads']} thread{'s' * (o['threads'] > 1)}, torch {o['torch']}"
+                    for o in origins})
     return "\n".join([*lines, "", f"{'; '.join(where)}. The commands are in the logs' first lines.", ""])
 
 

@@ -1381,7 +1381,7 @@ def test_a_signal_ends_a_run_at_once_and_names_the_command_that_goes_on(tmp_path
     running.send_signal(getattr(signal, name))
     began = time.monotonic()
     told = running.communicate()[1]
-    assert running.returncode == code and time.monotonic() - began < 10
+    assert running.returncode == code and time.monotonic() - began < 30
     assert re.fullmatch(r"\nstopped; to go on: python .*train\.py .*--out 'my run' --resume\n", told), told
     again = process(tmp_path, *shlex.split(told)[6:])  # after "stopped; to go on: python train.py"
     assert next(line for line in again.stdout if line.startswith("resumed after epoch"))
