@@ -1375,6 +1375,7 @@ def test_a_killed_run_resumes_bit_for_bit_and_the_order_of_options_does_not_matt
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_ends_a_run_at_once_and_names_the_command_that_goes_on(tmp_path, name, code):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, children too
     easy_cache(tmp_path / "data" / "cifar10.npz")
     running = process(tmp_path, *FEW, "--epochs", "400", "--out", "my run")
     assert read_epochs(running, 2)
