@@ -1375,14 +1375,14 @@ def test_a_killed_run_resumes_bit_for_bit_and_the_order_of_options_does_not_matt
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_ends_a_run_at_once_and_names_the_command_that_goes_on(tmp_path, name, code):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, children too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job and its children ignore it
     easy_cache(tmp_path / "data" / "cifar10.npz")
     running = process(tmp_path, *FEW, "--epochs", "400", "--out", "my run")
     assert read_epochs(running, 2)
     running.send_signal(getattr(signal, name))
     began = time.monotonic()
     told = running.communicate()[1]
-    assert running.returncode == code and time.monotonic() - began < 30
+    assert running.returncode == code and time.monotonic() - began < 10
     assert re.fullmatch(r"\nstopped; to go on: python .*train\.py .*--out 'my run' --resume\n", told), told
     again = process(tmp_path, *shlex.split(told)[6:])  # after "stopped; to go on: python train.py"
     assert next(line for line in again.stdout if line.startswith("resumed after epoch"))
@@ -2343,13 +2343,13 @@ def test_the_tables_of_the_readme_are_what_plot_makes_of_the_committed_logs(plot
 
 
 @pytest.mark.parametrize(
-    "title, folder, least", [("## Exercises", "exercises", 6), ("### One change", "ablations", 7)]
+    "title, folder, count", [("## Exercises", "exercises", 6), ("### One change", "ablations", 11)]
 )
-def test_changes_that_the_readme_tells_of_end_where_their_logs_end(title, folder, least):
+def test_changes_that_the_readme_tells_of_end_where_their_logs_end(title, folder, count):
     told = README.split(title)[1].split("\n##")[0]
     found = [records_of(path)[-1]["val_acc"] for path in (HERE / "results" / folder).glob("*.jsonl")]
     stated = re.findall(r"\| ([\d.]+) % \|$", told, re.MULTILINE)
-    assert len(stated) >= least and sorted(f"{value:.1f}" for value in found) == sorted(stated)
+    assert len(stated) == count and sorted(f"{value:.1f}" for value in found) == sorted(stated)
 
 
 def easy_tree(root):
