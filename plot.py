@@ -3,6 +3,7 @@
     python plot.py runs/* --out figures            accuracy by epoch and by time, losses, table.md; also from
                                                    logs alone: results/glyphs/*.jsonl
     python plot.py runs/* --out figures --untimed  without times: these runs shared a machine with others
+    python plot.py runs/* --out figures --reach 78.15 82.06      and the minutes until so many % are reached
     python plot.py runs/* --out figures --look     and, from the runs' last.pt, how far attention reaches, the
                                                    feature maps, examples of the data set
 
@@ -108,8 +109,15 @@ def draw_curves(rows, out, timed=True):
     save(figure, out / "losses.png", panels[0])
 
 
-def table(rows, timed=True):
-    """The table of the research summary in Markdown: accuracy after the last epoch, best beside it, time."""
+def minutes_to(run, goal):
+    """Minutes of training and validation until val_acc first is `goal` % or more; None if it never is."""
+    minutes = np.cumsum([line["seconds"] for line in run["epochs"]]) / 60
+    return next((m for m, line in zip(minutes.tolist(), run["epochs"]) if line["val_acc"] >= goal), None)
+
+
+def table(rows, timed=True, reach=()):
+    """The table of the research summary in Markdown: accuracy after the last epoch, best beside it, time, and
+    the minutes until the accuracies `reach`, in %, are reached (-: not by all seeds)."""
 
     def spread(values):
         return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
@@ -118,15 +126,18 @@ def table(rows, timed=True):
                for name, runs in rows.items()}
     lines = ["| | val_acc % of the last epoch | n | by seed | of the best epoch |", "|---|--:|--:|---|--:|"]
     if timed:
-        lines = [lines[0] + " minutes | guidance adds |", lines[1] + "--:|--:|"]
+        goals = "".join(f" minutes to {goal:g} % |" for goal in reach)
+        lines = [f"{lines[0]} minutes | guidance adds |{goals}", lines[1] + "--:|" * (2 + len(reach))]
     for name, runs in rows.items():
         last = [run["epochs"][-1]["val_acc"] for run in runs]
         best = [max(line["val_acc"] for line in run["epochs"]) for run in runs]
         alone = minutes.get(name.replace(NAMES[runs[0]["args"]["schedule"]], NAMES["none"]))
         added = f"{100 * (minutes[name] / alone - 1):+.1f} %" if "guidance" in name and alone else ""
         each = ", ".join(f"{value:.2f}" for value in last)
+        times = [[minutes_to(run, goal) for run in runs] for goal in reach]
+        reached = "".join(f" {'-' if None in found else format(mean(found), '.1f')} |" for found in times)
         lines.append(f"| {name} | {spread(last)} | {len(runs)} | {each} | {spread(best)} |"
-                     + (f" {minutes[name]:.1f} | {added} |" if timed else ""))
+                     + (f" {minutes[name]:.1f} | {added} |{reached}" if timed else ""))
     origins = [run["origin"] for runs in rows.values() for run in runs]
     where = sorted({f"{o['hardware']}, {o['threads']} thread{'s' * (o['threads'] > 1)}, torch {o['torch']}"
                     for o in origins})
@@ -227,10 +238,13 @@ def main():
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where to write (default: figures)")
     parser.add_argument("--untimed", action="store_true", help="leave times out, as they say nothing")
+    parser.add_argument("--reach", nargs="+", type=float, default=[], metavar="ACC", help="accuracies, in %%")
     parser.add_argument("--look", action="store_true", help="also draw from checkpoints, inside the networks")
     args = parser.parse_args()
+    if args.reach and args.untimed:
+        parser.error("--reach is about times: leave --untimed out")
     rows, out = read_rows(args.runs), Path(args.out)
-    text = table(rows, not args.untimed)
+    text = table(rows, not args.untimed, args.reach)
     write_whole(out / "table.md", lambda file: file.write(text.encode()))
     print(text)
     draw_curves(rows, out, not args.untimed)

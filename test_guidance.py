@@ -34,6 +34,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import bench
@@ -1968,6 +1970,17 @@ def test_the_table_has_mean_and_deviation_of_the_last_epoch_over_the_seeds(
     plot.main()
     assert "minutes" in table and "minutes" not in (tmp_path / "untimed" / "table.md").read_text()
     assert not (tmp_path / "untimed" / "time.png").exists()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--reach", "7"])
+    with pytest.raises(SystemExit, match="error: --reach is about times"):
+        train.explain(plot.main)
+    reached = plot.table(plot.read_rows(tmp_path.glob("*.jsonl")), reach=[5.5, 82.0, 90.0]).splitlines()
+    assert [line.split("|")[-4:-1] for line in reached if line.startswith("| ")] == [
+        [" minutes to 5.5 % ", " minutes to 82 % ", " minutes to 90 % "],
+        [" 2.0 ", " - ", " - "],
+        [" 4.0 ", " - ", " - "],
+        [" 1.1 ", " 2.2 ", " 2.2 "],
+        [" - ", " - ", " - "],
+    ]
     monkeypatch.setattr(sys, "argv", ["plot.py", "--unknown"])
     with pytest.raises(SystemExit, match="error: .*required.*; see python plot.py --help"):
         train.explain(plot.main)
@@ -2146,6 +2159,56 @@ def test_the_fast_path_agrees_with_plain_float32_step_by_step_and_compiles_once(
     torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-3)
     fast, _ = fifty_steps(torch.autocast("cpu", torch.bfloat16), compiled=True)
     torch.testing.assert_close(fast, plain, rtol=0.02, atol=1e-3)
+
+
+class Elsewhere(TorchDispatchMode):
+    """Holds every operation to what is fast on a GPU, where the meta device stands for the GPU: no operation
+    takes tensors of both devices, and nothing is copied to the device in a way that waits. Whatever looks at
+    a tensor's values fails on the meta device by itself, apart from reading results, which is counted."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim}
+        assert len(given) < 2, f"{operation} mixes devices"
+        if "meta" in given and torch.device(kwargs.get("device") or "meta").type == "cpu":
+            self.reads += 1
+            return torch.zeros(args[0].shape)
+        result = operation(*args, **kwargs)
+        if given == {"cpu"} and isinstance(result, torch.Tensor) and result.device.type == "meta":
+            assert kwargs.get("non_blocking"), f"{operation} waits for its copy"
+        return result
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_an_epoch_waits_for_the_device_once_and_mixes_no_devices(size, monkeypatch):
+    """Guided training at the size of the stored images and enlarged, every operation of the augmentation
+    included: the host reads one tensor, the epoch's means."""
+    monkeypatch.setitem(data.AT_ONCE, "meta", 2**22)
+    x = torch.zeros(256, 3, 32, 32, dtype=torch.uint8, device="meta")
+    y = torch.zeros(256, dtype=torch.long, device="meta")
+    student = VisionTransformer(10, size, 8, 48, 3, 3, (0, 1, 2), drop_path=0.1).to("meta")
+    teacher = resnet8(10).to("meta").eval().requires_grad_(False)
+    guide = Guidance(student.feature_channels, teacher.feature_channels).to("meta")
+    optimizer = train.make_optimizer(student, guide, fused=False)  # there is no fused one on this device
+    used = set()
+
+    def noted(original):
+        def operation(images, name, *rest, **options):
+            used.add(name)
+            return original(images, name, *rest, **options)
+
+        return operation
+
+    monkeypatch.setattr(data, "move", noted(move))
+    monkeypatch.setattr(data, "recolour", noted(recolour))
+    args = argparse.Namespace(batch_size=32, image_size=size, augment="strong")
+    silent = argparse.Namespace(show=lambda *means: None)
+    parts = (student, teacher, guide, optimizer, Data(x, y, x, y, 10), 2.5, args)
+    with Elsewhere() as watch:
+        train.train_epoch(*parts, torch.Generator().manual_seed(0), train.nullcontext(), silent)
+    assert watch.reads == 1 and used == set(OPERATIONS)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
