@@ -399,11 +399,13 @@ def augment(images, size, draws, noise):
                     level, sign = torch.stack((draws.level[part], draws.sign[part]))[:, chosen, slot].to(
                         device, non_blocking=True)[..., None, None, None]
                     chosen = chosen.to(device, non_blocking=True)
+                    changed = x.index_select(0, chosen)
                     if operation in MOVES:
-                        x[chosen] = move(x[chosen], operation, level * sign, enlarged=size >= 2 * S)
+                        changed = move(changed, operation, level * sign, enlarged=size >= 2 * S)
                     else:
-                        x[chosen] = recolour(x[chosen], operation, level, sign)
-        torch.sub(x.mul_(1 / (255 * std)), mean / std, out=result[part])
+                        changed = recolour(changed, operation, level, sign)
+                    x.index_copy_(0, chosen, changed)
+        torch.addcmul(-mean / std, x, 1 / (255 * std), out=result[part])
     for i, box in enumerate(torch.cat((draws.erase, draws.noise), dim=1).int().tolist()):
         top, left, height, width, down, right = box
         if height:
