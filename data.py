@@ -434,7 +434,7 @@ def resample(images, size, crop, flip):
     point = torch.stack((point, torch.where(flip, point.flip(1), point)), dim=1)[..., None]  # (n, 2, size, 1)
     scale = length / size  # stored pixels to an output pixel
     d = (pixel - (start + scale * point)).div_(scale.clamp(min=1)).abs_()  # (n, 2, size, S)
-    u = (1 - d).clamp_(min=-1)  # the cubic is u (1 + u)^2 / 2, plus u^2 (1 - 2 u) where u > 0
+    u = (1 - d).clamp_(min=-1)  # twice the cubic is u (1 + u)^2, where u > 0 plus u^2 (2 - 4 u)
     near = u.clamp(min=0)
     weights = (u + 1).square_().mul_(u).addcmul_(near.square(), 2 - 4 * near)
     rows, columns = weights.div_(weights.sum(dim=3, keepdim=True)).unbind(dim=1)  # (n, size, S) each
