@@ -607,8 +607,8 @@ def main():
 
 
 def explain(program):
-    """Runs a program. What the user can mend ends with one line and exit code 1, Ctrl-C with 130 and SIGTERM
-    with 143."""
+    """Runs a program. What the user can mend ends with one line and exit code 1, Ctrl-C with 130, a closed
+    pipe with 141 and SIGTERM with 143."""
     try:
         program()
     except InputError as error:
@@ -622,6 +622,9 @@ def explain(program):
         if isinstance(error, dist.DistError) or "gloo" in reason:
             sys.exit(f"error: another process of this run has ended ({reason}); go on with --resume")
         raise
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still has to flush
+        sys.exit(141)
     except KeyboardInterrupt as stop:
         sys.exit(143 if stop.args else 130)
 
