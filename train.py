@@ -611,6 +611,7 @@ def explain(program):
     pipe with 141 and SIGTERM with 143."""
     try:
         program()
+        sys.stdout.flush()  # here and not while Python ends, where nothing could be caught
     except InputError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except torch.OutOfMemoryError as error:
