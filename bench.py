@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -114,15 +115,16 @@ def train_row(row, args, data, device, rate):
     model = build(args.model, 100, args.image_size, args.patch_size).to(device)
     teacher = build("resnet56", 100, 32, 0).to(device).eval().requires_grad_(False) if row.beta else None
     guidance = Guidance(model.feature_channels, (16, 32, 64)).to(device) if row.beta else None
-    optimizer, generator = make_optimizer(model, guidance, row.fused), torch.Generator().manual_seed(0)
+    optimizer, generator = make_optimizer(model, guidance, 5e-4, row.fused), torch.Generator().manual_seed(0)
     precision = torch.autocast(device.type, torch.bfloat16) if row.precision == "bf16" else nullcontext()
     networks = [torch.compile(network, mode=row.mode) if row.mode and network else network
                 for network in (model, teacher, guidance)]
+    scheduler = LambdaLR(optimizer, lambda step: 1.0)
     options = argparse.Namespace(batch_size=args.batch_size, image_size=args.image_size, augment="strong")
     progress = argparse.Namespace(show=lambda step, steps, means: means.tolist())  # waits as training does
 
     def epoch(part=data):
-        train_epoch(*networks, optimizer, part, row.beta, options, generator, precision, progress)
+        train_epoch(*networks, optimizer, scheduler, part, row.beta, options, generator, precision, progress)
 
     start, few = time.perf_counter(), 12 * args.batch_size
     epoch(data._replace(x_train=data.x_train[:few], y_train=data.y_train[:few]))

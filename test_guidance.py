@@ -34,6 +34,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -871,19 +872,19 @@ def options(*argv):
     )
 
 
-def by_hand(student, guide):
+def by_hand(student, guide, lr):
     """The recipe's AdamW as torch has it, without our code."""
     named = [*student.named_parameters(), *guide.named_parameters()]
     decays = [p for name, p in named if p.ndim > 1 and name not in ("cls_token", "pos_embed")]
     others = [p for name, p in named if p.ndim == 1 or name in ("cls_token", "pos_embed")]
     return torch.optim.AdamW(
-        [dict(params=decays), dict(params=others, weight_decay=0.0)], weight_decay=0.05, fused=True
+        [dict(params=decays), dict(params=others, weight_decay=0.0)], lr, weight_decay=0.05, fused=True
     )
 
 
-def plain_sgd(student, guide):
+def plain_sgd(student, guide, lr):
     """Linear in the gradient, so that a comparison is not blurred by Adam's division."""
-    return torch.optim.SGD([*student.parameters(), *guide.parameters()])
+    return torch.optim.SGD([*student.parameters(), *guide.parameters()], lr)
 
 
 def setup(beta, make_optimizer, teacher=None):
@@ -894,12 +895,13 @@ def setup(beta, make_optimizer, teacher=None):
     guide = Guidance(student.feature_channels, (16, 32, 64))
     x = load("glyphs").x_train[:40]
     few = Data(x, torch.arange(40) % 10, x, torch.arange(40) % 10, 10)
-    optimizer = make_optimizer(student, guide)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-3
+    optimizer = make_optimizer(student, guide, 1e-3)
+    scheduler = LambdaLR(optimizer, functools.partial(pow, 0.5))
     torch.manual_seed(1)
     progress = train.Progress(args, 1, beta, 1e-3)
-    return [student, teacher, guide, optimizer, few, beta, args, generator, train.nullcontext(), progress]
+    return [
+        student, teacher, guide, optimizer, scheduler, few, beta, args, generator, train.nullcontext(), progress
+    ]
 
 
 class Uncallable(nn.Module):
@@ -909,9 +911,12 @@ class Uncallable(nn.Module):
 
 def plain_loop(parts, loss_of):
     """The same epoch written out."""
-    student, _, _, optimizer, few, _, args, generator, _, _ = parts
+    student, _, _, optimizer, _, few, _, args, generator, _, _ = parts
     student.train()
-    for images, labels in batches(few.x_train, few.y_train, 16, 32, generator, args.augment):
+    epoch = batches(few.x_train, few.y_train, 16, 32, generator, args.augment)
+    for step, (images, labels) in enumerate(epoch):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * 0.5**step
         optimizer.zero_grad()
         loss_of(images, labels).backward()
         optimizer.step()
@@ -970,7 +975,7 @@ def test_a_guided_step_enters_at_most_5_files_and_15_functions_of_ours():
         if event == "call" and file.parent == HERE:
             entered.add((file.name, frame.f_code.co_qualname))
 
-    parts[6].augment = "strong"
+    parts[7].augment = "strong"
     sys.setprofile(trace)
     try:
         train.train_epoch(*parts)
@@ -980,19 +985,24 @@ def test_a_guided_step_enters_at_most_5_files_and_15_functions_of_ours():
     assert len({file for file, _ in entered}) <= 5 and len(entered) <= 15, sorted(entered)
 
 
+@pytest.mark.parametrize("epochs, warm_up", [(300, 20), (100, 7), (26, 2), (5, 1)])
+def test_the_transformers_learning_rate_is_timms_cosine_at_whole_epochs(epochs, warm_up):
+    """As the LG code sets it up: the ramp replaces the first epochs of the cosine, which does not restart."""
+    scheduler = pytest.importorskip("timm.scheduler", reason="timm is not installed; .ci/run installs it")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=5e-4)
+    theirs = scheduler.CosineLRScheduler(optimizer, epochs, 5e-6, warmup_t=warm_up, warmup_lr_init=5e-7)
+    for epoch in range(epochs):
+        assert train.lr_at(epoch, epochs, 5e-4, True) == pytest.approx(theirs._get_lr(epoch)[0], rel=1e-9)
+
+
 def test_the_learning_rates_of_the_recipe():
-    vit, cnn = (
-        [train.lr_at(e, 300, 5e-4, True) for e in range(300)],
-        [train.lr_at(e, 300, 0.1, False) for e in range(300)],
-    )
-    assert (
-        vit[0] == pytest.approx(5e-7)
-        and cnn[0] == 0.1
-        and cnn[150] == pytest.approx(0.05)
-        and cnn[299] < 1e-5
-    )
-    assert vit[10] == pytest.approx(5e-4 * 0.5005 * (0.01 + 0.99 * (1 + math.cos(math.pi / 30)) / 2))
-    assert vit[20] == max(vit) and 4.9e-4 < vit[20] < 5e-4 and vit[299] == pytest.approx(5e-6, rel=0.01)
+    """Written out from method.md, section 3, also between two epochs."""
+    rates = [train.lr_at(epoch, 300, 5e-4, True) for epoch in (0, 10.5, 20, 150, 300)]
+    ramp = 5e-7 + (5e-4 - 5e-7) * 10.5 / 20
+    cosine = 5e-6 + (5e-4 - 5e-6) * (1 + math.cos(math.pi * 20 / 300)) / 2
+    assert rates == pytest.approx([5e-7, ramp, cosine, 2.525e-4, 5e-6])
+    cnn = [train.lr_at(epoch, 300, 0.1, False) for epoch in (0, 37.5, 150, 300)]
+    assert cnn == pytest.approx([0.1, 0.05 * (1 + math.cos(math.pi / 8)), 0.05, 0], abs=1e-12)
 
 
 def test_the_defaults_for_cifar100_are_the_reference_recipe():
@@ -1026,7 +1036,7 @@ def test_the_defaults_for_cifar100_are_the_reference_recipe():
 
 def test_the_optimisers_are_the_recipes_and_vectors_do_not_decay():
     model = deit_tiny(100)
-    optimizer = train.make_optimizer(model, Guidance((192,) * 3, (16, 32, 64)))
+    optimizer = train.make_optimizer(model, Guidance((192,) * 3, (16, 32, 64)), 5e-4)
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["betas"] == (0.9, 0.999)
     decayed, free = optimizer.param_groups
     assert decayed["weight_decay"] == 0.05 and free["weight_decay"] == 0
@@ -1037,7 +1047,7 @@ def test_the_optimisers_are_the_recipes_and_vectors_do_not_decay():
         if name.endswith("bias") or "norm" in name or name in ("cls_token", "pos_embed")
     }
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters())) + 6
-    optimizer = train.make_optimizer(resnet56(100), None)
+    optimizer = train.make_optimizer(resnet56(100), None, 0.1)
     assert (
         isinstance(optimizer, torch.optim.SGD)
         and optimizer.defaults["nesterov"]
@@ -1247,6 +1257,24 @@ def test_a_teacher_trained_for_less_counts_and_an_interrupted_one_is_continued(s
     assert len(records(default)[1]) == 5
     origin = records("second")[0]
     assert origin["teacher"] == f"{default}/last.pt" and origin["teacher_acc"] > 10
+
+
+def test_a_run_of_an_older_version_is_not_resumed_but_still_guides(small_glyphs, monkeypatch):
+    """Its learning rates were others: going on would mix two recipes. As a teacher it is as good as any."""
+    command(monkeypatch, "--model", "resnet8", "--epochs", 4, "--out", "old")
+    state = torch.load("old/last.pt")
+    del state["scheduler"]
+    torch.save(state, "old/last.pt")
+    with pytest.raises(SystemExit, match="begun by an older train.py, .* start another --out"):
+        command(monkeypatch, "--model", "resnet8", "--epochs", 4, "--out", "old", "--resume")
+    command(monkeypatch, "--teacher", "old/last.pt", "--epochs", 1, "--out", "student")
+
+
+def test_the_log_keeps_the_learning_rate_of_the_last_step_of_each_epoch(small_glyphs, monkeypatch):
+    command(monkeypatch, "--model", "resnet8", "--epochs", 2, "--lr", 0.1)
+    steps = 320 // 64
+    rates = [line["lr"] for line in records("runs/glyphs-resnet8-seed0")[1]]
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * (e + 1 - 1 / steps) / 2)) for e in (0, 1)])
 
 
 def test_the_teacher_that_guides_is_in_eval_mode_and_takes_no_gradient(small_glyphs, monkeypatch):
@@ -2136,9 +2164,8 @@ def fifty_steps(precision=None, fused=True, compiled=False, device="cpu"):
     teacher = calibrate(resnet8(10), torch.randn(16, 3, 32, 32)).requires_grad_(False)
     guide = Guidance(student.feature_channels, teacher.feature_channels)
     student, teacher, guide = student.to(device), teacher.to(device), guide.to(device)
-    optimizer, curve = train.make_optimizer(student, guide, fused), []
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-3
+    optimizer, curve = train.make_optimizer(student, guide, 1e-3, fused), []
+    scheduler = LambdaLR(optimizer, lambda step: 1.0)
     if fused:  # the whole fast path
         teacher = teacher.to(memory_format=torch.channels_last)
     networks = [torch.compile(network) if compiled else network for network in (student, teacher, guide)]
@@ -2149,7 +2176,15 @@ def fifty_steps(precision=None, fused=True, compiled=False, device="cpu"):
     graphs = []
     for beta in (2.5, 0.0):
         train.train_epoch(
-            *networks, optimizer, few, beta, args, generator, precision or train.nullcontext(), progress
+            *networks,
+            optimizer,
+            scheduler,
+            few,
+            beta,
+            args,
+            generator,
+            precision or train.nullcontext(),
+            progress,
         )
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return torch.stack(curve), graphs
@@ -2201,7 +2236,7 @@ def test_an_epoch_waits_for_the_device_once_and_mixes_no_devices(size, monkeypat
     student = VisionTransformer(10, size, 8, 48, 3, 3, (0, 1, 2), drop_path=0.1).to("meta")
     teacher = resnet8(10).to("meta").eval().requires_grad_(False)
     guide = Guidance(student.feature_channels, teacher.feature_channels).to("meta")
-    optimizer = train.make_optimizer(student, guide, fused=False)  # there is no fused one on this device
+    optimizer = train.make_optimizer(student, guide, 1e-3, fused=False)  # there is no fused one on this device
     used = set()
 
     def noted(original):
@@ -2215,7 +2250,8 @@ def test_an_epoch_waits_for_the_device_once_and_mixes_no_devices(size, monkeypat
     monkeypatch.setattr(data, "recolour", noted(recolour))
     args = argparse.Namespace(batch_size=32, image_size=size, augment="strong")
     silent = argparse.Namespace(show=lambda *means: None)
-    parts = (student, teacher, guide, optimizer, Data(x, y, x, y, 10), 2.5, args)
+    scheduler = LambdaLR(optimizer, lambda step: 1.0)
+    parts = (student, teacher, guide, optimizer, scheduler, Data(x, y, x, y, 10), 2.5, args)
     with Elsewhere() as watch:
         train.train_epoch(*parts, torch.Generator().manual_seed(0), train.nullcontext(), silent)
     assert watch.reads == 1 and used == set(OPERATIONS)
@@ -2228,9 +2264,9 @@ def test_on_a_gpu_an_epoch_waits_for_the_device_once_and_agrees_with_the_cpu():
     parts = setup(2.5, train.make_optimizer, calibrate(resnet8(10), torch.randn(16, 3, 32, 32)))
     for network in parts[:3]:
         network.cuda()
-    few, parts[6].augment = parts[4], "strong"
-    parts[4] = Data(*(tensor.cuda() for tensor in few[:4]), 10)
-    parts[9] = argparse.Namespace(show=lambda *means: None)
+    few, parts[7].augment = parts[5], "strong"
+    parts[5] = Data(*(tensor.cuda() for tensor in few[:4]), 10)
+    parts[10] = argparse.Namespace(show=lambda *means: None)
     train.train_epoch(*parts)
     torch.cuda.set_sync_debug_mode("warn")
     try:

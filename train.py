@@ -33,6 +33,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 
 from data import CLASSES, InputError, batches, load, prepare, write_whole
 from guidance import AdaptiveStop, Guidance, beta_at
@@ -61,11 +62,12 @@ SMALLER = """
       --batch-size 64 --lr 1e-3 --epochs 30 --teacher resnet20"""
 
 
-def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generator, precision, progress,
-                rank=0, ranks=1):
+def train_epoch(student, teacher, guidance, optimizer, scheduler, data, beta, args, generator, precision,
+                progress, rank=0, ranks=1):
     """One epoch: the training step, for every batch, of which each of `ranks` processes works on its part.
 
     With beta = 0 neither the teacher nor the projections are called, and the step is plain cross-entropy.
+    `scheduler` sets the learning rate of every step (`lr_at`).
 
     Returns:
         Means over the epoch: cross-entropy, guidance loss (0 where beta is), accuracy in %.
@@ -88,6 +90,7 @@ def train_epoch(student, teacher, guidance, optimizer, data, beta, args, generat
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        scheduler.step()
         correct = (logits.argmax(dim=1) == labels).float().mean()
         sums += torch.stack((loss_cls, loss_guidance, correct)).detach()
         if sums.device.type == "cpu" or step in (0, 3) or step % 50 == 49 or step == steps - 1:
@@ -116,26 +119,36 @@ def evaluate(model, data, image_size, precision, as_teacher=False, rank=0, ranks
     return 100 * correct.item() / len(data.x_test)
 
 
+def warm_up_epochs(epochs):
+    """Epochs in which a transformer's learning rate rises: 20 of 300, as many in proportion of others."""
+    return max(1, round(epochs / 15))
+
+
 def lr_at(epoch, epochs, peak, transformer):
-    """Learning rate in an epoch, counted from 0. CNN: cosine from peak to 0. Transformer: cosine from peak
-    to peak / 100, times a linear warm-up from 1 / 1000 to 1 over the first fifteenth (20 of 300 epochs)."""
+    """Learning rate at a point of training, `epoch` in [0, epochs], fractions of an epoch too.
+
+    CNN: cosine from peak to 0. Transformer: timm's cosine, as in the LG code: a straight line from peak / 1000
+    to peak over the warm-up, which replaces the first part of a cosine from peak to peak / 100.
+    """
     cosine = 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     if not transformer:
         return peak * cosine
-    warm_up = min(1, epoch / max(1, round(epochs / 15)))
-    return peak * (0.01 + 0.99 * cosine) * (0.001 + 0.999 * warm_up)
+    warm_up = warm_up_epochs(epochs)
+    if epoch < warm_up:
+        return peak * (0.001 + 0.999 * epoch / warm_up)
+    return peak * (0.01 + 0.99 * cosine)
 
 
-def make_optimizer(model, guidance, fused=True):
+def make_optimizer(model, guidance, lr, fused=True):
     """AdamW for a transformer with its projections (None: no guidance), SGD with Nesterov momentum for a CNN.
-    Norms, biases, the cls token and the positions do not decay. `run` sets the learning rate."""
+    Norms, biases, the cls token and the positions do not decay."""
     named = [*model.named_parameters(), *(guidance.named_parameters() if guidance else [])]
     free = [p for name, p in named if p.ndim == 1 or name in ("cls_token", "pos_embed")]
     decayed = [p for name, p in named if p.ndim > 1 and name not in ("cls_token", "pos_embed")]
     groups = [dict(params=decayed), dict(params=free, weight_decay=0)]
     if isinstance(model, ResNet):
-        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.05, fused=fused)
+        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), weight_decay=0.05, fused=fused)
 
 
 def build(name, num_classes, image_size, patch_size):
@@ -375,6 +388,9 @@ def run(args, rank=0, ranks=1):
     state = None
     if last.exists():
         model, state = restore(last, args.dataset, data)
+        if "scheduler" not in state:
+            raise InputError(f"{last} was begun by an older train.py, with other learning rates: start another "
+                             "--out, or finish it with that version")
         other = [f"{key} was {value}, is {getattr(args, key, None)}" for key, value in state["args"].items()
                  if value != getattr(args, key, None) and key not in ("resume", "out", "data", "device")]
         if other:
@@ -385,7 +401,9 @@ def run(args, rank=0, ranks=1):
     guidance = None
     if guided:
         guidance = Guidance(model.feature_channels, teacher.feature_channels, args.reduction).to(device)
-    optimizer = make_optimizer(model, guidance)
+    optimizer = make_optimizer(model, guidance, args.lr)
+    scheduler = LambdaLR(optimizer, lambda step: lr_at(
+        step / steps, args.epochs, args.lr, args.model in TRANSFORMERS) / args.lr)
     adaptive, guiding, history = AdaptiveStop(), guided, []
     parameters, about_data = sum(p.numel() for p in model.parameters()), fingerprint(data)
     origin |= dict(**about_teacher, parameters=parameters, steps=steps, data=about_data)
@@ -394,6 +412,7 @@ def run(args, rank=0, ranks=1):
             if guided:
                 guidance.load_state_dict(state["projections"])
             optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
             generator.set_state(state["generator"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(f"{last} is no whole state of a run ({error}); start another --out") from error
@@ -422,13 +441,12 @@ def run(args, rank=0, ranks=1):
         student, guide = DistributedDataParallel(student), DistributedDataParallel(guide) if guided else None
     for epoch in range(len(history), args.epochs):
         beta = beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs) if guiding else 0.0
-        lr = lr_at(epoch, args.epochs, args.lr, args.model in TRANSFORMERS)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = lr_at(epoch + (steps - 1) / steps, args.epochs, args.lr, args.model in TRANSFORMERS)
         torch.manual_seed((args.seed * 10**6 + epoch * 10**3 + rank) % 2**63)  # drop path
         progress = Progress(args, epoch, beta, lr)
         loss_cls, loss_guidance, train_acc = train_epoch(
-            student, teacher, guide, optimizer, data, beta, args, generator, precision, progress, rank, ranks)
+            student, teacher, guide, optimizer, scheduler, data, beta, args, generator, precision, progress, rank,
+            ranks)
         speed = steps * args.batch_size / (time.perf_counter() - progress.started)
         weights = [*model.state_dict().values(), *(guidance.state_dict().values() if guided else [])]
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
@@ -442,7 +460,7 @@ def run(args, rank=0, ranks=1):
             train_acc=train_acc, val_acc=val_acc, seconds=seconds, images_per_second=speed))
         state = dict(
             model=model.state_dict(), projections=guidance.state_dict() if guided else None,
-            optimizer=optimizer.state_dict(), generator=generator.get_state(), guiding=guiding,
+            optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), generator=generator.get_state(), guiding=guiding,
             adaptive=adaptive.history, history=history, origin=origin, data=about_data, args=vars(args))
         if rank == 0:
             write_whole(last, lambda file, state=state: torch.save(state, file))
