@@ -54,7 +54,7 @@ class Data(NamedTuple):
 # ------------------------------------------------------------------------------------------------- data sets
 
 
-def load(name, root="data", classes=None, device="cpu"):
+def load(name, root="data", classes=None, device="cpu", held_out=None):
     """Loads a data set, from its cache where there is one.
 
     Args:
@@ -63,6 +63,7 @@ def load(name, root="data", classes=None, device="cpu"):
             for folder the one with train/<class>/* and val/<class>/*.
         classes: keep the first so many classes only, for a quick run.
         device: where the tensors of the returned `Data` are put.
+        held_out: the fraction of the training images that takes the place of the test images (`hold_out`).
 
     Raises:
         InputError: unknown name; missing, damaged or inconsistent files; no network.
@@ -87,12 +88,30 @@ def load(name, root="data", classes=None, device="cpu"):
             raise InputError(f"{name} has no image of the first {num_classes} classes; choose more classes")
         parts.append(torch.from_numpy(x[keep]).permute(0, 3, 1, 2).contiguous())  # (N, 3, S, S)
         parts.append(torch.from_numpy(y[keep]).long())
+    if held_out is not None:
+        held = hold_out(parts[1], held_out)
+        parts = [parts[0][~held], parts[1][~held], parts[0][held], parts[1][held]]
+    name_of = "test" if held_out is None else "held-out"
     seen = {hash(image.tobytes()) for image in parts[0].numpy()}
     known = sum(hash(image.tobytes()) in seen for image in parts[2].numpy())
     if known:  # in a folder most likely copies by mistake
-        print(f"note: {known} of the {len(parts[2])} test images of {name} are training images too, pixel by "
+        print(f"note: {known} of the {len(parts[2])} {name_of} images of {name} are training images too, pixel by "
               "pixel: on them accuracy shows memory only")
     return Data(*(part.to(device) for part in parts), num_classes)
+
+
+def hold_out(labels, fraction):
+    """Which images to hold out: (N,) labels -> (N,) bool, about `fraction` of every class, always the same ones.
+
+    At least one image of a class is held out, unless it has no other: that one is trained on.
+    """
+    random_state, held = np.random.RandomState(0), torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():  # RandomState's numbers are the same in every version of numpy
+        places = random_state.permutation((labels == label).nonzero()[:, 0].numpy())
+        held[places[: min(max(1, round(fraction * len(places))), len(places) - 1)]] = True
+    if not held.any():
+        raise InputError("no class has two images, so none can be held out; add images")
+    return held
 
 
 def check(arrays, num_classes, source):

@@ -225,7 +225,8 @@ def train_teacher(args):
         return Path(args.teacher)
     theirs = parse([f"--dataset={args.dataset}", f"--data={args.data}", f"--model={args.teacher}",
                     f"--seed={args.seed}", f"--device={args.device}"]
-                   + ([f"--classes={args.classes}"] if args.classes else []))
+                   + ([f"--classes={args.classes}"] if args.classes else [])
+                   + ([f"--held-out={args.held_out}"] if args.held_out else []))
     path, theirs.amp, theirs.compile = Path(theirs.out) / "last.pt", args.amp, args.compile
     if path.exists():  # finished, or to be continued as it was begun
         state = load_checkpoint(path)
@@ -367,7 +368,7 @@ def run(args, rank=0, ranks=1):
     the run only the first one (rank 0) writes."""
     out, last, log = Path(args.out), Path(args.out) / "last.pt", Path(args.out) / "log.jsonl"
     device, precision, device_in_words = pick_device(args.device, args.amp)
-    data = load(args.dataset, args.data, args.classes, device)
+    data = load(args.dataset, args.data, args.classes, device, args.held_out)
     steps = len(data.x_train) // args.batch_size
     if not steps:
         raise InputError(f"{len(data.x_train)} images do not fill one batch; choose a smaller --batch-size")
@@ -426,7 +427,11 @@ def run(args, rank=0, ranks=1):
             write_log(log, [origin, *history])  # a kill between checkpoint and log has left it a line short
         print(f"resumed after epoch {len(history) - 1}")
 
-    print(f"data: {args.dataset}, {len(data.x_train)} training and {len(data.x_test)} test images of "
+    if guided and args.reduction == "relative":
+        origin |= dict(guidance_scale=guidance.scale.item())
+        print(f"unit of the guidance loss: {guidance.scale.item():.4g}, the mean square of the teacher's maps")
+    print(f"data: {args.dataset}, {len(data.x_train)} training and {len(data.x_test)} "
+          f"{'held-out' if args.held_out else 'test'} images of "
           f"{data.x_train.shape[-1]} px, {data.num_classes} classes\n"
           f"model: {args.model} at {args.image_size} px, {origin['parameters']:,} parameters\n"
           f"training: {args.epochs} epochs of {steps} steps of {args.batch_size} images\n"
@@ -478,9 +483,10 @@ def run(args, rank=0, ranks=1):
 
 def evaluate_file(args):
     """Prints the accuracy of a checkpoint on the test images of the data set it was trained for."""
-    theirs = argparse.Namespace(**load_checkpoint(args.evaluate)["args"])
+    theirs = argparse.Namespace(**{"held_out": None} | load_checkpoint(args.evaluate)["args"])
     device, precision, _ = pick_device(args.device, args.amp)
-    data = load(theirs.dataset, theirs.data if args.data == "data" else args.data, theirs.classes, device)
+    data = load(theirs.dataset, theirs.data if args.data == "data" else args.data, theirs.classes, device,
+                theirs.held_out)
     model, state = restore(args.evaluate, theirs.dataset, data)
     accuracy = evaluate(model.to(device), data, theirs.image_size, precision)
     print(f"{args.evaluate}: {theirs.model}, {len(state['history'])} epochs on {theirs.dataset}, val_acc "
@@ -520,6 +526,8 @@ def parse(argv=None):
     add("--compile", action=on_off, help="torch.compile (default: in a long run on a CUDA GPU)")
     add("--out", metavar="DIR", help="its folder (default: runs/<dataset>-<model>-<schedule>-seed<seed>)")
     add("--resume", action="store_true", help="continue after the last whole epoch")
+    add("--held-out", type=float, metavar="F", help="measure on this fraction of the training images, which is "
+        "then not trained on, and leave the test images alone: for choosing")
     add("--evaluate", metavar="FILE", help="only print the accuracy of this checkpoint")
     args = parser.parse_args(argv)
 
@@ -561,6 +569,8 @@ def join(args, rank, ranks):
     """
     if args.model in CNNS:
         raise InputError(f"{args.model} trains in one process, as BatchNorm wants whole batches: use python")
+    if args.held_out is not None and not 0 < args.held_out < 1:
+        fail(f"--held-out must lie between 0 and 1, not {args.held_out}")
     if args.batch_size % ranks:
         raise InputError(f"{ranks} processes cannot share batches of {args.batch_size}: choose a multiple")
     cuda = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
@@ -568,12 +578,13 @@ def join(args, rank, ranks):
     if cuda:
         if local >= torch.cuda.device_count():
             raise InputError(f"no GPU is left for process {local}, of {torch.cuda.device_count()}; choose a "
+        few += [f"heldout{args.held_out:g}"] if args.held_out else []
                              "lower --nproc_per_node, or --device cpu")
         torch.cuda.set_device(local)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     else:
-        load(args.dataset, args.data, args.classes)
+        load(args.dataset, args.data, args.classes, held_out=args.held_out)
         if args.schedule != "none" and args.beta > 0:
             train_teacher(args)
     try:
