@@ -458,7 +458,8 @@ def run(args, rank=0, ranks=1):
             progress.stop("a weight is", steps, loss_cls, loss_guidance)
         val_acc = evaluate(model, data, args.image_size, precision, rank=rank, ranks=ranks)
         if args.schedule == "adaptive" and beta > 0:
-            guiding = adaptive.update(loss_guidance)
+            goes_on = adaptive.update(loss_guidance)
+            guiding = goes_on or epoch < warm_up_epochs(args.epochs)  # while the learning rate is still rising
         seconds = time.perf_counter() - progress.started
         history.append(dict(
             epoch=epoch, beta=beta, loss_cls=loss_cls, loss_guidance=loss_guidance if beta else None, lr=lr,
