@@ -11,6 +11,7 @@ teacher nor this module is called.
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -23,6 +24,9 @@ class Guidance(nn.Module):
         reduction: over channels. "sum" is the formula above. "mean" is what the paper's public code computes,
             so that in each layer sum = C_i * mean. beta = 2.5 was tuned with the mean; with the sum the same
             beta guides 16 to 64 times harder and favours the deep layers. So "mean" is the default.
+            "relative" is the mean over `scale`, which `measure` sets: 1 for a student whose maps are zero, 0
+            for a perfect copy. The mean has the teacher's features squared as its unit, and small teachers
+            have small features; in this form one beta guides equally hard whatever the teacher.
     """
 
     def __init__(self, student_channels, teacher_channels, reduction="mean"):
@@ -30,11 +34,26 @@ class Guidance(nn.Module):
         if len(student_channels) != len(teacher_channels) or not student_channels:
             raise ValueError(f"the student has {len(student_channels)} guided feature maps, the teacher "
                              f"{len(teacher_channels)}: guide as many blocks as the teacher has stages")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        if reduction not in ("mean", "sum", "relative"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'relative', got {reduction!r}")
         self.reduction = reduction
+        self.register_buffer("scale", torch.ones(()))  # saved with the projections; 1 unless "relative"
         channels = zip(student_channels, teacher_channels)
         self.projections = nn.ModuleList(nn.Conv2d(student, teacher, 1) for student, teacher in channels)
+
+    @torch.no_grad()
+    def measure(self, student_features, teacher_features):
+        """Sets `scale` for "relative": the teacher's mean squares as they are compared, summed over the layers.
+
+        Args: maps as in `forward`; the student's only tell their sizes, so one image of them is enough.
+        """
+        scale = 0.0
+        for student, teacher in zip(student_features, teacher_features):
+            size = [max(sides) for sides in zip(student.shape[2:], teacher.shape[2:])]
+            scale = scale + F.interpolate(teacher.float(), size, mode="bilinear").square().mean()
+        if not 0 < scale < math.inf:
+            raise ValueError(f"the teacher's feature maps have a mean square of {float(scale)}")
+        self.scale.copy_(scale)
 
     def forward(self, student_features, teacher_features):
         """Lists of (B, C, H, W) maps -> the scalar L_guidance, in float32 whatever their precision."""
@@ -53,8 +72,8 @@ class Guidance(nn.Module):
             student = F.interpolate(student, (max(h, H), max(w, W)), mode="bilinear")  # (B, C_i, H_i, W_i)
             teacher = F.interpolate(teacher, (max(h, H), max(w, W)), mode="bilinear")
             squared = (student - teacher).square()
-            loss = loss + (squared.mean() if self.reduction == "mean" else squared.sum(dim=1).mean())
-        return loss
+            loss = loss + (squared.sum(dim=1).mean() if self.reduction == "sum" else squared.mean())
+        return loss / self.scale
 
 
 def beta_at(schedule, epoch, epochs, beta=2.5, guide_epochs=None):
@@ -94,7 +113,8 @@ class AdaptiveStop:
         d(1) = 0;   d(e) = (L(e) - mean(L(1 .. e-1))) / e  for e <= W;   d(e) = (L(e) - L(e-W)) / W  for e > W
 
     is averaged to D(e) over the last W epochs, or all of them while e <= W; guidance goes on while D(e) <
-    threshold. The rule depends on the loss's scale and belongs to the mean form. `history` is all its state.
+    threshold. The rule depends on the loss's scale: the threshold is for the mean form, which starts near 39
+    with the paper's teacher, so "relative" takes a 39th of it. `history` is all its state.
     """
 
     def __init__(self, window=50, threshold=-0.02):

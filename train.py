@@ -261,7 +261,20 @@ def ready_teacher(path, args, data, device, precision, rank=0, ranks=1):
         raise InputError(f"the teacher {path} is at chance ({accuracy:.1f} %): train it longer, or another")
     print(f"teacher: {name} of {path}, trained for {epochs} epochs; it gets {accuracy:.2f} % of the test "
           "images right, as it sees them while it guides")
-    return teacher, dict(teacher=str(path), teacher_crc=crc, teacher_acc=accuracy)
+    return teacher, dict(teacher=str(path), teacher_model=name, teacher_epochs=epochs, teacher_crc=crc,
+                         teacher_acc=accuracy)
+
+
+def measure_scale(guidance, model, teacher, data, image_size, precision):
+    """Sets the scale of a relative guidance loss, on 512 training images prepared as test images are."""
+    images = prepare(data.x_train[:: max(1, len(data.x_train) // 512)][:512], image_size)
+    with torch.no_grad(), precision:
+        _, features = model(images[:1])
+        _, targets = teacher(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))
+    try:
+        guidance.measure(features, targets)
+    except ValueError as error:
+        raise InputError(f"{error}: it cannot guide; choose another --teacher") from error
 
 
 def in_words(schedule, epochs, beta, guide_epochs):
@@ -402,10 +415,14 @@ def run(args, rank=0, ranks=1):
     guidance = None
     if guided:
         guidance = Guidance(model.feature_channels, teacher.feature_channels, args.reduction).to(device)
+        if args.reduction == "relative" and not state:
+            measure_scale(guidance, model, teacher, data, args.image_size, precision)
     optimizer = make_optimizer(model, guidance, args.lr)
     scheduler = LambdaLR(optimizer, lambda step: lr_at(
         step / steps, args.epochs, args.lr, args.model in TRANSFORMERS) / args.lr)
-    adaptive, guiding, history = AdaptiveStop(), guided, []
+    # the published threshold is for the mean form, which starts near 39 with the paper's teacher
+    threshold = -0.02 / (39 if args.reduction == "relative" else 1)
+    adaptive, guiding, history = AdaptiveStop(threshold=threshold), guided, []
     parameters, about_data = sum(p.numel() for p in model.parameters()), fingerprint(data)
     origin |= dict(**about_teacher, parameters=parameters, steps=steps, data=about_data)
     if state:
@@ -471,8 +488,9 @@ def run(args, rank=0, ranks=1):
         if rank == 0:
             write_whole(last, lambda file, state=state: torch.save(state, file))
             write_log(log, [origin, *history])
-        guidance_now = f"{loss_guidance:.3f}" if beta else "-"
+        guidance_now, weighted = (f"{loss_guidance:.3f}", f"{beta * loss_guidance:.3f}") if beta else "--"
         print(f"epoch {epoch:3d}  beta {beta:.3f}  loss_cls {loss_cls:.3f}  loss_guidance {guidance_now:>6}  "
+              f"beta*L {weighted:>6}  "
               f"train {train_acc:5.1f} %  val {val_acc:5.1f} %  {speed:.0f} images/s  "
               f"{timedelta(seconds=round(seconds * (args.epochs - 1 - epoch)))} left", flush=True)
 
@@ -508,11 +526,14 @@ def parse(argv=None):
     add("--dataset", choices=CLASSES, default="glyphs", help="glyphs is generated, the others are real")
     add("--data", default="data", metavar="DIR", help="where data sets and their caches are (default: data)")
     add("--classes", type=int, metavar="K", help="use the first K classes only, for a quick run")
+    add("--held-out", type=float, metavar="F", help="measure on this fraction of the training images, which is "
+        "then not trained on, and leave the test images alone: for choosing")
     add("--model", choices=[*TRANSFORMERS, *CNNS], help="default: deit_tiny (glyphs: deit_mini)")
     add("--schedule", choices=["none", "constant", "early", "adaptive"], help="of beta (default: early)")
     add("--beta", type=float, default=2.5, help="weight of the guidance loss at the start (default: 2.5)")
-    add("--reduction", choices=["mean", "sum"], default="mean",
-        help="L_guidance over channels: sum in the formula, mean in the paper's code (default: mean)")
+    add("--reduction", choices=["mean", "sum", "relative"], default="mean",
+        help="L_guidance over channels: sum in the formula, mean in the paper's code; relative: the mean over "
+        "the mean square of the teacher's maps, so that one beta fits every teacher (default: mean)")
     add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (early: a third)")
     add("--teacher", metavar="FILE", help="its last.pt, or its model's name (default: resnet56)")
     add("--epochs", type=int)
@@ -527,8 +548,6 @@ def parse(argv=None):
     add("--compile", action=on_off, help="torch.compile (default: in a long run on a CUDA GPU)")
     add("--out", metavar="DIR", help="its folder (default: runs/<dataset>-<model>-<schedule>-seed<seed>)")
     add("--resume", action="store_true", help="continue after the last whole epoch")
-    add("--held-out", type=float, metavar="F", help="measure on this fraction of the training images, which is "
-        "then not trained on, and leave the test images alone: for choosing")
     add("--evaluate", metavar="FILE", help="only print the accuracy of this checkpoint")
     args = parser.parse_args(argv)
 
@@ -544,12 +563,14 @@ def parse(argv=None):
         fail(f"{args.model} is a CNN and takes no guidance: leave --schedule out")
     args.schedule = args.schedule or ("early" if args.model in TRANSFORMERS else "none")
     if args.schedule == "adaptive" and args.reduction == "sum":
-        fail("the adaptive rule is made for the mean form of the loss: leave --reduction out")
+        fail("the adaptive rule is made for the mean form of the loss, or --reduction relative: not for sum")
     if args.teacher == "resnet18":
         fail("resnet18 is no teacher: choose resnet56, resnet20 or resnet8")
     for key, least in dict(epochs=1, batch_size=2, image_size=8, patch_size=1, lr=1e-12, seed=0).items():
         if not (getattr(args, key) is None or least <= getattr(args, key) < 2**63):
             fail(f"--{key.replace('_', '-')} must be at least {least}, not {getattr(args, key)}")
+    if args.held_out is not None and not 0 < args.held_out < 1:
+        fail(f"--held-out must lie between 0 and 1, not {args.held_out}")
     try:  # before any teacher is trained
         beta_at(args.schedule, 0, args.epochs, args.beta, args.guide_epochs)
         build(args.model, 2, args.image_size, args.patch_size)
@@ -557,6 +578,7 @@ def parse(argv=None):
         fail(str(error))
     if args.out is None:
         few = [f"{args.classes}classes"] if args.classes else []
+        few += [f"heldout{args.held_out:g}"] if args.held_out else []
         schedule = [args.schedule] if args.model in TRANSFORMERS else []
         args.out = "runs/" + "-".join([args.dataset, *few, args.model, *schedule, f"seed{args.seed}"])
     return args
@@ -570,8 +592,6 @@ def join(args, rank, ranks):
     """
     if args.model in CNNS:
         raise InputError(f"{args.model} trains in one process, as BatchNorm wants whole batches: use python")
-    if args.held_out is not None and not 0 < args.held_out < 1:
-        fail(f"--held-out must lie between 0 and 1, not {args.held_out}")
     if args.batch_size % ranks:
         raise InputError(f"{ranks} processes cannot share batches of {args.batch_size}: choose a multiple")
     cuda = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
@@ -579,7 +599,6 @@ def join(args, rank, ranks):
     if cuda:
         if local >= torch.cuda.device_count():
             raise InputError(f"no GPU is left for process {local}, of {torch.cuda.device_count()}; choose a "
-        few += [f"heldout{args.held_out:g}"] if args.held_out else []
                              "lower --nproc_per_node, or --device cpu")
         torch.cuda.set_device(local)
     if rank > 0:
