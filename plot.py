@@ -11,6 +11,7 @@ Curves show the mean of the seeds and, shaded, their range. Runs that do not bel
 """
 
 import json
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -54,9 +55,14 @@ def in_order(run):
     return args["model"] in CNNS, args["model"], list(NAMES).index(args["schedule"]), args["seed"]
 
 
+def distinguishing(run):
+    """What distinguishes the rows of a table: the run's options, and its teacher's network and length."""
+    return run["args"] | {key: run["origin"].get(key) for key in ("teacher_model", "teacher_epochs")}
+
+
 def read_rows(paths):
     """Runs by row of the table, {name: runs of several seeds}; refused if they do not belong together. A name
-    is model, schedule and whatever other option distinguishes the row."""
+    is model, schedule and whatever other option, or network or length of the teacher, distinguishes the row."""
     runs, rows = sorted(map(read_run, sorted(map(str, paths))), key=in_order), {}
     students = [run for run in runs if run["args"]["model"] not in CNNS]
     for what, found in (("data set", {run["args"]["dataset"] for run in runs}),
@@ -68,8 +74,8 @@ def read_rows(paths):
                              "choose runs that do")
     never = ("seed", "out", "data", "device", "resume", "evaluate", "teacher", "compile")
     for run in runs:
-        args = run["args"]
-        peers = [peer["args"] for peer in runs
+        args = distinguishing(run)
+        peers = [distinguishing(peer) for peer in runs
                  if (peer["args"]["model"], peer["args"]["schedule"]) == (args["model"], args["schedule"])]
         other = [f"{key.replace('_', ' ')} {args[key]}" for key in args
                  if key not in never and args[key] is not None
@@ -142,6 +148,26 @@ def table(rows, timed=True, reach=()):
     where = sorted({f"{o['hardware']}, {o['threads']} thread{'s' * (o['threads'] > 1)}, torch {o['torch']}"
                     for o in origins})
     return "\n".join([*lines, "", f"{'; '.join(where)}. The commands are in the logs' first lines.", ""])
+
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, for 2 to 10 pairs
+
+
+def paired(rows):
+    """Differences between rows, seed by seed, in Markdown: what varies with the seed (teacher, first weights,
+    order, draws) is the same in both runs of a pair. The interval is that of a paired t-test at 5 %."""
+    last = {name: {run["args"]["seed"]: run["epochs"][-1]["val_acc"] for run in runs}
+            for name, runs in rows.items() if runs[0]["args"]["model"] not in CNNS}
+    lines = ["| last epoch, points | mean ± std | pairs | 95 % interval | |", "|---|--:|--:|--:|---|"]
+    for one, other in combinations(last, 2):
+        pairs = [last[other][seed] - last[one][seed] for seed in sorted(last[one].keys() & last[other].keys())]
+        if 2 <= len(pairs) <= 10:
+            half = T_975[len(pairs) - 2] * stdev(pairs) / len(pairs) ** 0.5
+            low, high = mean(pairs) - half, mean(pairs) + half
+            verdict = "not told apart" if low <= 0 <= high else "higher" if low > 0 else "lower"
+            lines.append(f"| {other}, minus {one} | {mean(pairs):+.2f} ± {stdev(pairs):.2f} | {len(pairs)} | "
+                         f"{low:+.2f} to {high:+.2f} | {verdict} |")
+    return "\n".join([*lines, ""]) if len(lines) > 2 else ""
 
 
 @torch.no_grad()
@@ -244,7 +270,7 @@ def main():
     if args.reach and args.untimed:
         parser.error("--reach is about times: leave --untimed out")
     rows, out = read_rows(args.runs), Path(args.out)
-    text = table(rows, not args.untimed, args.reach)
+    text = "\n".join(filter(None, (table(rows, not args.untimed, args.reach), paired(rows))))
     write_whole(out / "table.md", lambda file: file.write(text.encode()))
     print(text)
     draw_curves(rows, out, not args.untimed)

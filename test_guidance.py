@@ -297,6 +297,38 @@ def test_the_loss_is_zero_for_equal_maps_and_its_gradient_reaches_student_and_pr
     assert teacher.grad is None
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.05])
+def test_the_relative_form_is_1_for_zeros_0_for_a_copy_and_has_no_unit(strength):
+    """The mean form over the summed mean squares of the teacher's maps at the compared size, by loops; a
+    teacher with weaker features gives the same loss for a student whose maps are weaker in proportion."""
+    torch.manual_seed(0)
+    student = [torch.randn(2, 4, 3, 3), torch.randn(2, 4, 8, 8)]
+    teacher = [strength * torch.randn(2, 2, 6, 6).relu(), strength * 9 * torch.randn(2, 3, 2, 2).relu()]
+    guide = Guidance((4, 4), (2, 3), "relative")
+    guide.measure([maps[:1] for maps in student], teacher)
+    unit = 0.0
+    for maps, side in zip(teacher, (6, 8)):
+        planes = [bilinear(plane.double().numpy(), side, side) for image in maps for plane in image]
+        unit += np.mean(np.square(planes))
+    assert guide.scale.item() == pytest.approx(unit, rel=1e-5)
+    mean = Guidance((4, 4), (2, 3))
+    mean.load_state_dict(guide.state_dict() | {"scale": torch.ones(())})
+    assert guide(student, teacher).item() == pytest.approx(mean(student, teacher).item() / unit, rel=1e-5)
+    for project in guide.projections:
+        nn.init.zeros_(project.weight), nn.init.zeros_(project.bias)
+    assert guide(student, teacher).item() == pytest.approx(1, rel=1e-5)
+    guide.projections = nn.ModuleList(nn.Identity() for _ in teacher)
+    for project in guide.projections:
+        project.weight = torch.zeros(())  # `forward` asks for its precision
+    assert guide(teacher, teacher).item() == 0
+
+
+def test_a_teacher_whose_maps_are_zero_is_refused_as_a_unit():
+    guide = Guidance((4,), (2,), "relative")
+    with pytest.raises(ValueError, match="mean square of 0.0"):
+        guide.measure([torch.randn(1, 4, 3, 3)], [torch.zeros(2, 2, 6, 6)])
+
+
 def test_guidance_refuses_maps_that_do_not_belong_together():
     with pytest.raises(ValueError, match="3 guided feature maps, the teacher 2"):
         Guidance((8, 8, 8), (4, 4))
@@ -1173,17 +1205,102 @@ def test_both_forms_of_the_loss_can_be_chosen_and_start_from_the_same_maps(small
     assert 16 * mean < total < 64 * mean  # sum = C_i * mean in each layer, C = 16, 32, 64
 
 
-def test_adaptive_guidance_ends_when_its_rule_says_so_and_the_teacher_is_not_called_again(
-    small_glyphs, monkeypatch
+@pytest.mark.parametrize("warm_up, guided", [(1, 2), (2, 3)])
+def test_adaptive_guidance_ends_when_its_rule_says_so_after_the_warm_up(
+    small_glyphs, monkeypatch, warm_up, guided
 ):
+    """The rule says stop after epoch 1, counted from 0. While the learning rate rises, it is not obeyed."""
+
     class StopsAfterTwo(AdaptiveStop):
         def update(self, epoch_loss):
             super().update(epoch_loss)
             return len(self.history) < 2
 
     monkeypatch.setattr(train, "AdaptiveStop", StopsAfterTwo)
-    command(monkeypatch, "--schedule", "adaptive")
-    assert [line["beta"] for line in records("runs/glyphs-deit_mini-adaptive-seed0")[1]] == [2.5, 2.5, 0]
+    monkeypatch.setattr(train, "warm_up_epochs", lambda epochs: warm_up)
+    command(monkeypatch, "--schedule", "adaptive", "--epochs", 4)
+    betas = [line["beta"] for line in records("runs/glyphs-deit_mini-adaptive-seed0")[1]]
+    assert betas == [2.5] * guided + [0] * (4 - guided)
+
+
+def test_a_relative_run_measures_its_unit_once_keeps_it_and_divides_the_threshold(
+    small_glyphs, monkeypatch, capsys
+):
+    measured, thresholds = [], []
+    monkeypatch.setattr(train, "measure_scale", lambda *args, f=train.measure_scale: measured.append(f(*args)))
+
+    class Noted(AdaptiveStop):
+        def __init__(self, threshold):
+            thresholds.append(threshold)
+            super().__init__(threshold=threshold)
+
+    monkeypatch.setattr(train, "AdaptiveStop", Noted)
+    relative = ("--schedule", "adaptive", "--reduction", "relative", "--beta", 8, "--epochs", 2)
+    command(monkeypatch, *relative, "--out", "relative")
+    told = capsys.readouterr().out
+    origin, epochs = records("relative")
+    state = train.load_checkpoint("relative/last.pt")
+    assert state["projections"]["scale"].item() == origin["guidance_scale"] > 0
+    assert f"unit of the guidance loss: {origin['guidance_scale']:.4g}" in told
+    assert f"beta*L {8 * epochs[1]['loss_guidance']:6.3f}" in told and 0 < epochs[1]["loss_guidance"] < 1.5
+    train.write_log(Path("relative", "log.jsonl"), [origin, *epochs[:1]])
+    cut = state | dict(history=epochs[:1])
+    torch.save(cut, "relative/last.pt")
+    command(monkeypatch, *relative, "--out", "relative", "--resume")
+    assert len(measured) == 1 and thresholds[-2:] == [-0.02 / 39] * 2
+    assert torch.equal(
+        train.load_checkpoint("relative/last.pt")["projections"]["scale"], state["projections"]["scale"]
+    )
+
+
+def test_held_out_images_are_a_fixed_part_of_every_class_and_no_test_image_is_looked_at(
+    small_glyphs, monkeypatch, capsys
+):
+    labels = torch.tensor([0] * 10 + [1] * 5 + [2])
+    held = data.hold_out(labels, 0.2)
+    assert [held[labels == k].sum().item() for k in range(3)] == [2, 1, 0]  # a single image stays in training
+    assert torch.equal(held, data.hold_out(labels, 0.2))
+    assert data.hold_out(torch.tensor([0, 0, 1, 1]), 0.01).sum() == 2  # one of each at least
+    whole, part = load("glyphs"), load("glyphs", held_out=0.25)
+    images = [{image.numpy().tobytes() for image in x} for x in (whole.x_train, part.x_train, part.x_test)]
+    assert images[1] | images[2] == images[0] and not images[1] & images[2]
+    assert part.y_test.bincount().tolist() == [8] * 10 and len(part.x_train) == 240
+
+    command(monkeypatch, "--held-out", 0.25, "--epochs", 1)
+    told = capsys.readouterr().out
+    assert "240 training and 80 held-out images" in told
+    student, teacher = (f"runs/glyphs-heldout0.25-{row}-seed0" for row in ("deit_mini-early", "resnet8"))
+    assert train.load_checkpoint(f"{teacher}/last.pt")["data"] == train.fingerprint(part)
+    command(monkeypatch, "--evaluate", f"{student}/last.pt")
+    assert f"val_acc {records(student)[1][-1]['val_acc']:.2f} %" in capsys.readouterr().out
+    for wrong in ("0", "1", "-0.5"):
+        with pytest.raises(SystemExit, match="--held-out must lie between 0 and 1"):
+            command(monkeypatch, f"--held-out={wrong}")
+
+
+def test_rows_of_one_seed_share_first_weights_teacher_and_first_batch(small_glyphs, monkeypatch):
+    """So that they can be compared in pairs; another seed changes all of them."""
+    seen = {}
+
+    def noted(student, teacher, guidance, optimizer, scheduler, images, beta, args, generator, *rest):
+        weights = [tensor.clone() for tensor in student.state_dict().values()]
+        copy = torch.Generator()
+        copy.set_state(generator.get_state())
+        first, labels = next(batches(images.x_train, images.y_train, 32, 32, copy))
+        seen[args.schedule, args.seed] = [*weights, first, labels, torch.tensor(teacher is None)]
+        return 1.0, 1.0, 1.0
+
+    command(monkeypatch, "--model", "resnet8"), command(monkeypatch, "--model", "resnet8", "--seed", 1)
+    monkeypatch.setattr(train, "train_epoch", noted)
+    for schedule, seed in (("none", 0), ("constant", 0), ("early", 0), ("early", 1)):
+        command(monkeypatch, "--schedule", schedule, "--seed", seed, "--epochs", 1)
+    for schedule in ("none", "constant"):
+        pairs = zip(seen[schedule, 0][:-1], seen["early", 0][:-1])
+        assert all(torch.equal(one, other) for one, other in pairs)
+    assert not torch.equal(seen["early", 0][-3], seen["early", 1][-3])
+    teachers = [records(f"runs/glyphs-deit_mini-{row}")[0] for row in ("constant-seed0", "early-seed0", "early-seed1")]
+    assert teachers[0]["teacher_crc"] == teachers[1]["teacher_crc"] != teachers[2]["teacher_crc"]
+    assert (teachers[0]["teacher_model"], teachers[0]["teacher_epochs"]) == ("resnet8", 5)
 
 
 @pytest.mark.parametrize("model", ["resnet18", "resnet20", "resnet56", "deit_tiny"])
@@ -2019,6 +2136,32 @@ def test_the_table_has_mean_and_deviation_of_the_last_epoch_over_the_seeds(
             assert (
                 min(picture.size) > 400 and len(set(np.asarray(picture.convert("L")).flatten().tolist())) > 50
             )
+
+
+def test_rows_are_compared_seed_by_seed_by_a_paired_t_test(plot, tmp_path):
+    """The interval is scipy's for these numbers: stats.ttest_1samp([3, 1, 2], 0).confidence_interval()."""
+    for seed, (one, other) in enumerate(((70, 73), (60, 61), (65, 67))):
+        write_run(tmp_path / f"constant{seed}.jsonl", [1, 2, one], schedule="constant", seed=seed)
+        write_run(tmp_path / f"early{seed}.jsonl", [1, 2, other], schedule="early", seed=seed)
+    rows = plot.read_rows(tmp_path.glob("*.jsonl"))
+    line = plot.paired(rows).splitlines()[-1]
+    assert "| deit_tiny + early guidance, minus deit_tiny + constant guidance | +2.00 ± 1.00 | 3 | " in line
+    assert line.endswith("| -0.48 to +4.48 | not told apart |")
+    for seed in range(3, 5):
+        write_run(tmp_path / f"constant{seed}.jsonl", [1, 2, 60], schedule="constant", seed=seed)
+        write_run(tmp_path / f"early{seed}.jsonl", [1, 2, 62], schedule="early", seed=seed)
+    assert plot.paired(plot.read_rows(tmp_path.glob("*.jsonl"))).splitlines()[-1].endswith("| higher |")
+
+
+def test_runs_of_teachers_of_another_network_or_length_are_not_pooled(plot, tmp_path):
+    for seed, teacher in enumerate((("resnet8", 30), ("resnet8", 30), ("resnet20", 30), ("resnet8", 5))):
+        path = write_run(tmp_path / f"{seed}.jsonl", [1, 2, 3], seed=seed)
+        origin, *lines = records_of(path)
+        origin |= dict(teacher_model=teacher[0], teacher_epochs=teacher[1])
+        path.write_text("".join(json.dumps(line) + "\n" for line in [origin, *lines]))
+    rows = plot.read_rows(tmp_path.glob("*.jsonl"))
+    assert sorted(map(len, rows.values())) == [1, 1, 2]
+    assert "deit_tiny + early guidance, teacher model resnet20, teacher epochs 30" in rows
 
 
 def test_logs_that_do_not_belong_together_are_refused(plot, tmp_path, monkeypatch):
