@@ -29,28 +29,43 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import Data, InputError, batches, write_whole
 from guidance import Guidance
-from train import (TRANSFORMERS, Options, build, evaluate, explain, make_optimizer, pick_compile, pick_device,
-                   provenance, train_epoch)
+from train import (
+    TRANSFORMERS,
+    Options,
+    build,
+    evaluate,
+    explain,
+    make_optimizer,
+    pick_compile,
+    pick_device,
+    provenance,
+    train_epoch,
+)
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bfloat16, dense, from the data sheets
 
 
 class Row(NamedTuple):
     """A configuration of the training step."""
+
     name: str
     precision: str = "fp32"  # fp32, tf32 or bf16
-    fused: bool = True       # the optimiser
+    fused: bool = True  # the optimiser
     mode: str | None = None  # of torch.compile; None: eager
-    beta: float = 0.0        # guided by ResNet-56 if above 0
+    beta: float = 0.0  # guided by ResNet-56 if above 0
 
 
 def ladder(device):
     """One change per row, each on top of the rows before it."""
     gpu = device.type == "cuda"
-    return [Row("float32, eager", "fp32", False), *[Row("+ TF32", "tf32", False)] * gpu,
-            Row("+ bfloat16 autocast", "bf16", False), Row("+ fused optimiser", "bf16"),
-            Row("+ torch.compile", "bf16", mode="default"),
-            *[Row("+ CUDA graphs", "bf16", mode="reduce-overhead")] * gpu]
+    return [
+        Row("float32, eager", "fp32", False),
+        *[Row("+ TF32", "tf32", False)] * gpu,
+        Row("+ bfloat16 autocast", "bf16", False),
+        Row("+ fused optimiser", "bf16"),
+        Row("+ torch.compile", "bf16", mode="default"),
+        *[Row("+ CUDA graphs", "bf16", mode="reduce-overhead")] * gpu,
+    ]
 
 
 def timed(works, images, args, device, warm_up=1):
@@ -73,8 +88,14 @@ def timed(works, images, args, device, warm_up=1):
     for name, taken in times.items():
         taken = taken[warm_up:]
         speed = images / median(taken)
-        yield dict(name=name, seconds=median(taken), fastest=min(taken), slowest=max(taken),
-                   images_per_second=speed, ms_per_step=1000 * args.batch_size / speed)
+        yield dict(
+            name=name,
+            seconds=median(taken),
+            fastest=min(taken),
+            slowest=max(taken),
+            images_per_second=speed,
+            ms_per_step=1000 * args.batch_size / speed,
+        )
 
 
 def synchronize(device):
@@ -117,8 +138,10 @@ def train_row(row, args, data, device, rate):
     guidance = Guidance(model.feature_channels, (16, 32, 64)).to(device) if row.beta else None
     optimizer, generator = make_optimizer(model, guidance, 5e-4, row.fused), torch.Generator().manual_seed(0)
     precision = torch.autocast(device.type, torch.bfloat16) if row.precision == "bf16" else nullcontext()
-    networks = [torch.compile(network, mode=row.mode) if row.mode and network else network
-                for network in (model, teacher, guidance)]
+    networks = [
+        torch.compile(network, mode=row.mode) if row.mode and network else network
+        for network in (model, teacher, guidance)
+    ]
     scheduler = LambdaLR(optimizer, lambda step: 1.0)
     options = argparse.Namespace(batch_size=args.batch_size, image_size=args.image_size, augment="strong")
     progress = argparse.Namespace(show=lambda step, steps, means: means.tolist())  # waits as training does
@@ -130,14 +153,18 @@ def train_row(row, args, data, device, rate):
     epoch(data._replace(x_train=data.x_train[:few], y_train=data.y_train[:few]))
     synchronize(device)
     warm_up = time.perf_counter() - start
-    line, = timed({row.name: epoch}, args.images, args, device, warm_up=0)
+    (line,) = timed({row.name: epoch}, args.images, args, device, warm_up=0)
     warm_up -= line["seconds"] * min(few, args.images) / args.images
     per_image = flops(args.model, args.image_size, args.patch_size)
     per_image += flops("resnet56", 32, 0, backward=False) if row.beta else 0
     memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     speed = line["images_per_second"]
-    return line | dict(hours_for_300_epochs=300 * 50_000 / speed / 3600, utilisation=per_image * speed / rate,
-                       memory_mb=memory, setup_seconds=max(0, warm_up))
+    return line | dict(
+        hours_for_300_epochs=300 * 50_000 / speed / 3600,
+        utilisation=per_image * speed / rate,
+        memory_mb=memory,
+        setup_seconds=max(0, warm_up),
+    )
 
 
 def parts(args, data, device, precision):
@@ -155,35 +182,55 @@ def parts(args, data, device, precision):
     def test():
         evaluate(model, data._replace(x_test=data.x_train, y_test=data.y_train), args.image_size, precision)
 
-    works = {"augmentation alone": ours(data, args.image_size, args), "teacher alone": teach,
-             "evaluation": test}
+    works = {
+        "augmentation alone": ours(data, args.image_size, args),
+        "teacher alone": teach,
+        "evaluation": test,
+    }
     return timed(works, args.images, args, device)
 
 
 def ours(data, size, args):
     """Our input pipeline for an epoch, as a function of no arguments."""
+
     def work(generator=torch.Generator()):
         for _ in batches(data.x_train, data.y_train, args.batch_size, size, generator):
             pass
+
     return work
 
 
 def usual_batches(data, size, args):
     """An epoch of the usual input pipeline: Pillow images, timm's transforms of the same recipe, workers."""
     import timm.data
+
     pictures = map(Image.fromarray, data.x_train.permute(0, 2, 3, 1).cpu().numpy())
     # timm's own posterize stops with an error in Pillow 12 and later where no bit is left
     timm.data.auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
     transform = timm.data.create_transform(
-        size, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic",
-        color_jitter=None, re_prob=0.25, re_mode="pixel")
+        size,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        color_jitter=None,
+        re_prob=0.25,
+        re_mode="pixel",
+    )
 
     def transformed(pairs):
         return default_collate([(transform(picture), label) for picture, label in pairs])
 
-    return DataLoader(list(zip(pictures, data.y_train.tolist())), args.batch_size, shuffle=True,
-                      drop_last=True, num_workers=args.workers, persistent_workers=True,
-                      collate_fn=transformed, multiprocessing_context="fork", pin_memory=data.x_train.is_cuda)
+    return DataLoader(
+        list(zip(pictures, data.y_train.tolist())),
+        args.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.workers,
+        persistent_workers=True,
+        collate_fn=transformed,
+        multiprocessing_context="fork",
+        pin_memory=data.x_train.is_cuda,
+    )
 
 
 def posterize(image, bits, **_):
@@ -195,14 +242,17 @@ def inputs(args, data, device):
     """The usual input pipeline and ours, in turns."""
     for size in dict.fromkeys((args.image_size, 32)):
         usual, title = usual_batches(data, size, args), f"input at {size} px: "
-        works = {title + f"timm and Pillow, {args.workers} workers": lambda usual=usual: [*map(len, usual)],
-                 title + "ours": ours(data, size, args)}
+        works = {
+            title + f"timm and Pillow, {args.workers} workers": lambda usual=usual: [*map(len, usual)],
+            title + "ours": ours(data, size, args),
+        }
         yield from timed(works, args.images, args, device)
 
 
 def models(args, data, device, precision):
     """timm's DeiT-tiny, torchvision's and ours in the same step, in turns; then timm's in the usual epoch."""
     import timm
+
     timms = timm.create_model("deit_tiny_patch16_224", num_classes=100, drop_path_rate=0.1).to(device)
     torchvisions = torchvision.models.VisionTransformer(224, 16, 12, 3, 192, 768, num_classes=100).to(device)
     deit_tiny = build("deit_tiny", 100, 224, 16).to(device)
@@ -219,21 +269,31 @@ def models(args, data, device, precision):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+
         return work
 
     one = [(torch.randn(args.batch_size, 3, 224, 224), data.y_train[: args.batch_size])]
-    works = {"step: timm": training(timms, one), "step: torchvision": training(torchvisions, one),
-             "step: ours": training(deit_tiny, one)}
+    works = {
+        "step: timm": training(timms, one),
+        "step: torchvision": training(torchvisions, one),
+        "step: ours": training(deit_tiny, one),
+    }
     yield from timed(works, args.batch_size, args, device)
     usual = training(timms, usual_batches(data, 224, args), fused=False)
     yield from timed({f"epoch: timm and Pillow, {args.workers} workers": usual}, args.images, args, device)
 
 
-COLUMNS = {"images/s": ("images_per_second",), "ms a step": ("ms_per_step", ".1f"),
-           "s an epoch": ("seconds", ".2f"), "fastest": ("fastest", ".2f"), "slowest": ("slowest", ".2f"),
-           "of full rate": ("utilisation", ".1%"),
-           "hours for 300 epochs of 50,000": ("hours_for_300_epochs", ".2f"), "MB": ("memory_mb",),
-           "set-up, s": ("setup_seconds",)}
+COLUMNS = {
+    "images/s": ("images_per_second",),
+    "ms a step": ("ms_per_step", ".1f"),
+    "s an epoch": ("seconds", ".2f"),
+    "fastest": ("fastest", ".2f"),
+    "slowest": ("slowest", ".2f"),
+    "of full rate": ("utilisation", ".1%"),
+    "hours for 300 epochs of 50,000": ("hours_for_300_epochs", ".2f"),
+    "MB": ("memory_mb",),
+    "set-up, s": ("setup_seconds",),
+}
 
 
 def cell(line, key, form=",.0f"):
@@ -251,8 +311,12 @@ def parse(argv=None):
     """The options; those that depend on the device get their values in `main`."""
     parser = Options(prog="bench.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
-    add("--rows", nargs="+", choices=["ladder", "guidance", "parts", "networks", "one", "inputs", "models"],
-        help="default: the first four; with --amp or --compile: one")
+    add(
+        "--rows",
+        nargs="+",
+        choices=["ladder", "guidance", "parts", "networks", "one", "inputs", "models"],
+        help="default: the first four; with --amp or --compile: one",
+    )
     add("--model", choices=TRANSFORMERS, default="deit_tiny")
     add("--image-size", type=int, default=224)
     add("--patch-size", type=int, default=16)
@@ -279,8 +343,11 @@ def parse(argv=None):
 
 def lines(args, data, device, precision, compiled, rate):
     """Measures the rows asked for, one after the other."""
-    base = Row("training", "fp32" if isinstance(precision, nullcontext) else "bf16",
-               mode="default" if compiled else None)
+    base = Row(
+        "training",
+        "fp32" if isinstance(precision, nullcontext) else "bf16",
+        mode="default" if compiled else None,
+    )
     if "ladder" in args.rows:
         for row in ladder(device):
             yield train_row(row, args, data, device, rate)
@@ -323,9 +390,11 @@ def main():
     y = torch.randint(100, (args.images,)).to(device)
     rate, rate_in_words = peak(device, args)
     origin = provenance(args, device)
-    print(f"{args.model} at {args.image_size} px, {steps} steps of {args.batch_size} images an epoch, median "
-          f"of {args.repeats}\n{origin['hardware']}, torch {origin['torch']}: {in_words}; {compiled_in_words}"
-          f"\nfull rate: {rate_in_words}\n\n| | {' | '.join(COLUMNS)} |\n|---|{'--:|' * len(COLUMNS)}")
+    print(
+        f"{args.model} at {args.image_size} px, {steps} steps of {args.batch_size} images an epoch, median "
+        f"of {args.repeats}\n{origin['hardware']}, torch {origin['torch']}: {in_words}; {compiled_in_words}"
+        f"\nfull rate: {rate_in_words}\n\n| | {' | '.join(COLUMNS)} |\n|---|{'--:|' * len(COLUMNS)}"
+    )
     table = []
     for line in lines(args, Data(x, y, x, y, 100), device, precision, compiled, rate):
         table.append(line)

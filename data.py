@@ -44,6 +44,7 @@ class InputError(ValueError):
 
 class Data(NamedTuple):
     """A data set: images uint8 (N, 3, S, S), labels int64 (N,) from 0 to num_classes - 1."""
+
     x_train: torch.Tensor
     y_train: torch.Tensor
     x_test: torch.Tensor
@@ -95,8 +96,10 @@ def load(name, root="data", classes=None, device="cpu", held_out=None):
     seen = {hash(image.tobytes()) for image in parts[0].numpy()}
     known = sum(hash(image.tobytes()) in seen for image in parts[2].numpy())
     if known:  # in a folder most likely copies by mistake
-        print(f"note: {known} of the {len(parts[2])} {name_of} images of {name} are training images too, pixel by "
-              "pixel: on them accuracy shows memory only")
+        print(
+            f"note: {known} of the {len(parts[2])} {name_of} images of {name} are training images too, pixel by "
+            "pixel: on them accuracy shows memory only"
+        )
     return Data(*(part.to(device) for part in parts), num_classes)
 
 
@@ -125,8 +128,10 @@ def check(arrays, num_classes, source):
             if 0 <= y.min() <= y.max() < num_classes:
                 continue
             problem = f"labels from {y.min()} to {y.max()}, not 0 to {num_classes - 1}"
-        raise InputError(f"{source} holds {problem}; it must hold {', '.join(ARRAYS)}, images uint8 "
-                         "(N, S, S, 3) of one size and N labels each. Delete it to have it made again")
+        raise InputError(
+            f"{source} holds {problem}; it must hold {', '.join(ARRAYS)}, images uint8 "
+            "(N, S, S, 3) of one size and N labels each. Delete it to have it made again"
+        )
     return num_classes
 
 
@@ -182,8 +187,10 @@ def fetch(make, root, name, part):
     except ModuleNotFoundError as error:
         raise InputError(f"torchvision reads {name} with {error.name}: pip install {error.name}") from error
     except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot fetch {name} ({error}); put its archive, or a cache {name}.npz (see the "
-                         f"README), into {root} and run the same command again") from error
+        raise InputError(
+            f"cannot fetch {name} ({error}); put its archive, or a cache {name}.npz (see the "
+            f"README), into {root} and run the same command again"
+        ) from error
 
 
 def folder(root, name):
@@ -194,8 +201,10 @@ def folder(root, name):
     except OSError as error:
         raise InputError(f"{error}; --data must hold train/<class>/* and val/<class>/* images") from error
     if len(train.classes) < 2 or train.classes != val.classes:
-        raise InputError(f"{root}: train has the classes {train.classes}, val {val.classes}; two or more are "
-                         "needed, the same in both")
+        raise InputError(
+            f"{root}: train has the classes {train.classes}, val {val.classes}; two or more are "
+            "needed, the same in both"
+        )
     sides = [min(open_image(file, decoded=False).size) for file, _ in train.samples]
     side = min(STORED, int(np.median(sides)))  # small images are not stored enlarged
     return *decode(train.__getitem__, len(train), side), *decode(val.__getitem__, len(val), side)
@@ -220,14 +229,21 @@ def chaoyang(root, name):
         file = root / f"{split}.json"
         try:
             pairs = [((root / row["name"]).resolve(), row["label"]) for row in json.loads(file.read_text())]
-            bad = [(file, label) for file, label in pairs
-                   if type(label) is not int or not 0 <= label < 4 or root not in file.parents]
+            bad = [
+                (file, label)
+                for file, label in pairs
+                if type(label) is not int or not 0 <= label < 4 or root not in file.parents
+            ]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{file} is missing or no list of {{name, label}} ({error}); ask the authors of "
-                             "Chaoyang for the data (see README) and give their folder as --data") from error
+            raise InputError(
+                f"{file} is missing or no list of {{name, label}} ({error}); ask the authors of "
+                "Chaoyang for the data (see README) and give their folder as --data"
+            ) from error
         if bad or not pairs:
-            raise InputError(f"{file} is empty, or names a file outside {root} or a label outside 0 to 3: "
-                             f"{bad[:1]}; unpack the data again")
+            raise InputError(
+                f"{file} is empty, or names a file outside {root} or a label outside 0 to 3: "
+                f"{bad[:1]}; unpack the data again"
+            )
         arrays += decode(lambda i, pairs=pairs: (open_image(pairs[i][0]), pairs[i][1]), len(pairs), STORED)
     return arrays
 
@@ -297,21 +313,21 @@ def glyphs(train=2500, test=1000, side=64):
 
 # RandAugment's operations, u in [0, 1] the level and s = +-1 the sign. Those that move pixels come first.
 OPERATIONS = (
-    "Rotate",        # by 30 u s degrees
-    "ShearX",        # by 0.3 u s
-    "ShearY",        # by 0.3 u s
-    "TranslateX",    # by 0.45 u s of the width
-    "TranslateY",    # by 0.45 u s of the height
+    "Rotate",  # by 30 u s degrees
+    "ShearX",  # by 0.3 u s
+    "ShearY",  # by 0.3 u s
+    "TranslateX",  # by 0.45 u s of the width
+    "TranslateY",  # by 0.45 u s of the height
     "AutoContrast",  # every channel stretched to 0 .. 255
-    "Equalize",      # the histogram of every channel flattened
-    "Invert",        # 255 - x
-    "Posterize",     # the leading 4 - int(4 u) bits kept
-    "Solarize",      # inverted from 256 - int(256 u) on
-    "SolarizeAdd",   # int(110 u) added below 128
-    "Color",         # base + (x - base) max(0.1, 1 + 0.9 u s), base: the grey image
-    "Contrast",      # the same, base: the mean grey
-    "Brightness",    # the same, base: black
-    "Sharpness",     # the same, base: the smoothed image
+    "Equalize",  # the histogram of every channel flattened
+    "Invert",  # 255 - x
+    "Posterize",  # the leading 4 - int(4 u) bits kept
+    "Solarize",  # inverted from 256 - int(256 u) on
+    "SolarizeAdd",  # int(110 u) added below 128
+    "Color",  # base + (x - base) max(0.1, 1 + 0.9 u s), base: the grey image
+    "Contrast",  # the same, base: the mean grey
+    "Brightness",  # the same, base: black
+    "Sharpness",  # the same, base: the smoothed image
 )
 MOVES = OPERATIONS[:5]
 FILL = tuple(round(255 * mean) for mean in MEAN)  # what they bring in from outside the image
@@ -321,13 +337,14 @@ AT_ONCE = {"cpu": 2**25, "cuda": 2**29, "mps": 2**28}
 
 class Draws(NamedTuple):
     """The random numbers of n images, on the CPU. A box is (top, left, height, width)."""
-    crop: torch.Tensor       # (n, 4) in pixels of the stored image
-    flip: torch.Tensor       # (n,) bool
+
+    crop: torch.Tensor  # (n, 4) in pixels of the stored image
+    flip: torch.Tensor  # (n,) bool
     operation: torch.Tensor  # (n, 2) the first and the second, as indices into OPERATIONS; -1: not applied
-    level: torch.Tensor      # (n, 2) u
-    sign: torch.Tensor       # (n, 2) s
-    erase: torch.Tensor      # (n, 4) in pixels of the output; all 0: nothing is erased
-    noise: torch.Tensor      # (n, 2) the corner of the noise that is put there, in a field of twice the size
+    level: torch.Tensor  # (n, 2) u
+    sign: torch.Tensor  # (n, 2) s
+    erase: torch.Tensor  # (n, 4) in pixels of the output; all 0: nothing is erased
+    noise: torch.Tensor  # (n, 2) the corner of the noise that is put there, in a field of twice the size
 
 
 def draw(n, stored, size, generator, strength="strong"):
@@ -341,9 +358,15 @@ def draw(n, stored, size, generator, strength="strong"):
     chance = torch.rand(6, n, generator=generator)
     operation = torch.randint(len(OPERATIONS), (n, 2), generator=generator)
     level = (0.9 + 0.05 * torch.randn(n, 2, generator=generator)).clamp(0, 1)  # m9, mstd0.5, of 10
-    return Draws(crop, chance[0] < 0.5, torch.where(chance[1:3].T < operate, operation, -1), level,
-                 torch.where(chance[3:5].T < 0.5, -1.0, 1.0), torch.where(chance[5, :, None] < erase, box, 0),
-                 torch.randint(size + 1, (n, 2), generator=generator))
+    return Draws(
+        crop,
+        chance[0] < 0.5,
+        torch.where(chance[1:3].T < operate, operation, -1),
+        level,
+        torch.where(chance[3:5].T < 0.5, -1.0, 1.0),
+        torch.where(chance[5, :, None] < erase, box, 0),
+        torch.randint(size + 1, (n, 2), generator=generator),
+    )
 
 
 def draw_boxes(n, side, smallest, largest, ratio, generator):
@@ -400,8 +423,10 @@ def augment(images, size, draws, noise):
     """
     n, _, S, _ = images.shape
     if images.dtype != torch.uint8 or images.shape[1:] != (3, S, S) or len(draws.flip) != n:
-        raise ValueError(f"expected uint8 images (B, 3, S, S) and as many draws, got {images.dtype} "
-                         f"{tuple(images.shape)} and {len(draws.flip)}")
+        raise ValueError(
+            f"expected uint8 images (B, 3, S, S) and as many draws, got {images.dtype} "
+            f"{tuple(images.shape)} and {len(draws.flip)}"
+        )
     if size < 3:
         raise ValueError(f"size must be at least 3 pixels, got {size}")
     device = images.device
@@ -416,7 +441,8 @@ def augment(images, size, draws, noise):
                 chosen = (draws.operation[part, slot] == i).nonzero()[:, 0]
                 if len(chosen):
                     level, sign = torch.stack((draws.level[part], draws.sign[part]))[:, chosen, slot].to(
-                        device, non_blocking=True)[..., None, None, None]
+                        device, non_blocking=True
+                    )[..., None, None, None]
                     chosen = chosen.to(device, non_blocking=True)
                     changed = x.index_select(0, chosen)  # whole images, copied faster than by x[chosen]
                     if operation in MOVES:

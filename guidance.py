@@ -32,8 +32,10 @@ class Guidance(nn.Module):
     def __init__(self, student_channels, teacher_channels, reduction="mean"):
         super().__init__()
         if len(student_channels) != len(teacher_channels) or not student_channels:
-            raise ValueError(f"the student has {len(student_channels)} guided feature maps, the teacher "
-                             f"{len(teacher_channels)}: guide as many blocks as the teacher has stages")
+            raise ValueError(
+                f"the student has {len(student_channels)} guided feature maps, the teacher "
+                f"{len(teacher_channels)}: guide as many blocks as the teacher has stages"
+            )
         if reduction not in ("mean", "sum", "relative"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'relative', got {reduction!r}")
         self.reduction = reduction
@@ -58,16 +60,20 @@ class Guidance(nn.Module):
     def forward(self, student_features, teacher_features):
         """Lists of (B, C, H, W) maps -> the scalar L_guidance, in float32 whatever their precision."""
         if not len(student_features) == len(teacher_features) == len(self.projections):
-            raise ValueError(f"expected {len(self.projections)} feature maps from each network, got "
-                             f"{len(student_features)} (student) and {len(teacher_features)} (teacher)")
+            raise ValueError(
+                f"expected {len(self.projections)} feature maps from each network, got "
+                f"{len(student_features)} (student) and {len(teacher_features)} (teacher)"
+            )
         loss = 0.0
         for project, student, teacher in zip(self.projections, student_features, teacher_features):
             # (B, D, h, w) -> (B, C_i, h, w): a 1x1 convolution and a resize commute, this order is cheaper
             student = project(student.to(project.weight.dtype)).float()
             teacher = teacher.detach().float()
             if student.shape[:2] != teacher.shape[:2]:
-                raise ValueError(f"the projected student map {tuple(student.shape)} and the teacher map "
-                                 f"{tuple(teacher.shape)} differ in batch or channels")
+                raise ValueError(
+                    f"the projected student map {tuple(student.shape)} and the teacher map "
+                    f"{tuple(teacher.shape)} differ in batch or channels"
+                )
             (h, w), (H, W) = student.shape[2:], teacher.shape[2:]
             student = F.interpolate(student, (max(h, H), max(w, W)), mode="bilinear")  # (B, C_i, H_i, W_i)
             teacher = F.interpolate(teacher, (max(h, H), max(w, W)), mode="bilinear")

@@ -66,11 +66,26 @@ class VisionTransformer(nn.Module):
         ValueError: sizes that do not divide, guided blocks that do not exist, images of another shape.
     """
 
-    def __init__(self, num_classes, image_size=224, patch_size=16, width=192, depth=12, heads=3,
-                 guided_blocks=(0, 6, 11), drop_path=0.1):
+    def __init__(
+        self,
+        num_classes,
+        image_size=224,
+        patch_size=16,
+        width=192,
+        depth=12,
+        heads=3,
+        guided_blocks=(0, 6, 11),
+        drop_path=0.1,
+    ):
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("image_size", image_size), ("width", width),
-                            ("patch_size", patch_size), ("depth", depth), ("heads", heads)):
+        for name, value in (
+            ("num_classes", num_classes),
+            ("image_size", image_size),
+            ("width", width),
+            ("patch_size", patch_size),
+            ("depth", depth),
+            ("heads", heads),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if image_size % patch_size:

@@ -30,8 +30,12 @@ from train import CNNS, TEACHER_SIZE, Options, explain, restore
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 LINES = ("-", "--", "-.", ":")  # so that a print without colours can be read as well
-NAMES = {"none": "alone", "constant": "+ constant guidance", "early": "+ early guidance",
-         "adaptive": "+ adaptive guidance"}
+NAMES = {
+    "none": "alone",
+    "constant": "+ constant guidance",
+    "early": "+ early guidance",
+    "adaptive": "+ adaptive guidance",
+}
 
 
 def read_run(path):
@@ -65,21 +69,32 @@ def read_rows(paths):
     is model, schedule and whatever other option, or network or length of the teacher, distinguishes the row."""
     runs, rows = sorted(map(read_run, sorted(map(str, paths))), key=in_order), {}
     students = [run for run in runs if run["args"]["model"] not in CNNS]
-    for what, found in (("data set", {run["args"]["dataset"] for run in runs}),
-                        ("classes", {run["args"]["classes"] for run in runs}),
-                        ("images", {str(run["origin"]["data"]) for run in runs if "data" in run["origin"]}),
-                        ("epochs", {run["args"]["epochs"] for run in students})):
+    for what, found in (
+        ("data set", {run["args"]["dataset"] for run in runs}),
+        ("classes", {run["args"]["classes"] for run in runs}),
+        ("images", {str(run["origin"]["data"]) for run in runs if "data" in run["origin"]}),
+        ("epochs", {run["args"]["epochs"] for run in students}),
+    ):
         if len(found) > 1:
-            raise InputError(f"these runs do not belong together: {what} {' and '.join(map(str, found))}; "
-                             "choose runs that do")
+            raise InputError(
+                f"these runs do not belong together: {what} {' and '.join(map(str, found))}; "
+                "choose runs that do"
+            )
     never = ("seed", "out", "data", "device", "resume", "evaluate", "teacher", "compile")
     for run in runs:
         args = distinguishing(run)
-        peers = [distinguishing(peer) for peer in runs
-                 if (peer["args"]["model"], peer["args"]["schedule"]) == (args["model"], args["schedule"])]
-        other = [f"{key.replace('_', ' ')} {args[key]}" for key in args
-                 if key not in never and args[key] is not None
-                 and len({str(peer[key]) for peer in peers if key in peer}) > 1]
+        peers = [
+            distinguishing(peer)
+            for peer in runs
+            if (peer["args"]["model"], peer["args"]["schedule"]) == (args["model"], args["schedule"])
+        ]
+        other = [
+            f"{key.replace('_', ' ')} {args[key]}"
+            for key in args
+            if key not in never
+            and args[key] is not None
+            and len({str(peer[key]) for peer in peers if key in peer}) > 1
+        ]
         name = args["model"] if args["model"] in CNNS else f"{args['model']} {NAMES[args['schedule']]}"
         row = rows.setdefault(", ".join([name, *other]), [])
         if args["seed"] in [other["args"]["seed"] for other in row]:
@@ -90,8 +105,9 @@ def read_rows(paths):
 
 def curve(axes, i, name, runs, key, by_time=False):
     """Draws row i: mean and range over its runs of the epochs' values of `key`, by epoch or by minute."""
-    values, seconds = (np.array([[line[k] for line in run["epochs"]] for run in runs], float)
-                       for k in (key, "seconds"))  # (runs, epochs); None becomes NaN, and is not drawn
+    values, seconds = (
+        np.array([[line[k] for line in run["epochs"]] for run in runs], float) for k in (key, "seconds")
+    )  # (runs, epochs); None becomes NaN, and is not drawn
     x = seconds.cumsum(axis=1).mean(axis=0) / 60 if by_time else np.arange(1, values.shape[1] + 1)
     colour, label = COLOURS[i % len(COLOURS)], f"{name} (n = {len(runs)})"
     axes.plot(x, values.mean(axis=0), LINES[i % len(LINES)], color=colour, linewidth=1.8, label=label)
@@ -107,8 +123,11 @@ def draw_curves(rows, out, timed=True):
         axes.set(xlabel=label, ylabel="validation accuracy, %")
         save(figure, out / f"{file}.png", axes)
     figure, [panels] = subplots(1, 3, (11, 3.8))
-    for axes, key, label in zip(panels, ("beta", "loss_cls", "loss_guidance"),
-                                ("beta", "cross-entropy, training", "guidance loss, unweighted")):
+    for axes, key, label in zip(
+        panels,
+        ("beta", "loss_cls", "loss_guidance"),
+        ("beta", "cross-entropy, training", "guidance loss, unweighted"),
+    ):
         for i, (name, runs) in enumerate(rows.items()):
             curve(axes, i, name, runs, key)
         axes.set(xlabel="epochs", ylabel=label)
@@ -128,8 +147,10 @@ def table(rows, timed=True, reach=()):
     def spread(values):
         return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
-    minutes = {name: mean(sum(line["seconds"] for line in run["epochs"]) / 60 for run in runs)
-               for name, runs in rows.items()}
+    minutes = {
+        name: mean(sum(line["seconds"] for line in run["epochs"]) / 60 for run in runs)
+        for name, runs in rows.items()
+    }
     lines = ["| | val_acc % of the last epoch | n | by seed | of the best epoch |", "|---|--:|--:|---|--:|"]
     if timed:
         goals = "".join(f" minutes to {goal:g} % |" for goal in reach)
@@ -142,11 +163,17 @@ def table(rows, timed=True, reach=()):
         each = ", ".join(f"{value:.2f}" for value in last)
         times = [[minutes_to(run, goal) for run in runs] for goal in reach]
         reached = "".join(f" {'-' if None in found else format(mean(found), '.1f')} |" for found in times)
-        lines.append(f"| {name} | {spread(last)} | {len(runs)} | {each} | {spread(best)} |"
-                     + (f" {minutes[name]:.1f} | {added} |{reached}" if timed else ""))
+        lines.append(
+            f"| {name} | {spread(last)} | {len(runs)} | {each} | {spread(best)} |"
+            + (f" {minutes[name]:.1f} | {added} |{reached}" if timed else "")
+        )
     origins = [run["origin"] for runs in rows.values() for run in runs]
-    where = sorted({f"{o['hardware']}, {o['threads']} thread{'s' * (o['threads'] > 1)}, torch {o['torch']}"
-                    for o in origins})
+    where = sorted(
+        {
+            f"{o['hardware']}, {o['threads']} thread{'s' * (o['threads'] > 1)}, torch {o['torch']}"
+            for o in origins
+        }
+    )
     return "\n".join([*lines, "", f"{'; '.join(where)}. The commands are in the logs' first lines.", ""])
 
 
@@ -156,17 +183,24 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Stud
 def paired(rows):
     """Differences between rows, seed by seed, in Markdown: what varies with the seed (teacher, first weights,
     order, draws) is the same in both runs of a pair. The interval is that of a paired t-test at 5 %."""
-    last = {name: {run["args"]["seed"]: run["epochs"][-1]["val_acc"] for run in runs}
-            for name, runs in rows.items() if runs[0]["args"]["model"] not in CNNS}
+    last = {
+        name: {run["args"]["seed"]: run["epochs"][-1]["val_acc"] for run in runs}
+        for name, runs in rows.items()
+        if runs[0]["args"]["model"] not in CNNS
+    }
     lines = ["| last epoch, points | mean ± std | pairs | 95 % interval | |", "|---|--:|--:|--:|---|"]
     for one, other in combinations(last, 2):
-        pairs = [last[other][seed] - last[one][seed] for seed in sorted(last[one].keys() & last[other].keys())]
+        pairs = [
+            last[other][seed] - last[one][seed] for seed in sorted(last[one].keys() & last[other].keys())
+        ]
         if 2 <= len(pairs) <= 10:
             half = T_975[len(pairs) - 2] * stdev(pairs) / len(pairs) ** 0.5
             low, high = mean(pairs) - half, mean(pairs) + half
             verdict = "not told apart" if low <= 0 <= high else "higher" if low > 0 else "lower"
-            lines.append(f"| {other}, minus {one} | {mean(pairs):+.2f} ± {stdev(pairs):.2f} | {len(pairs)} | "
-                         f"{low:+.2f} to {high:+.2f} | {verdict} |")
+            lines.append(
+                f"| {other}, minus {one} | {mean(pairs):+.2f} ± {stdev(pairs):.2f} | {len(pairs)} | "
+                f"{low:+.2f} to {high:+.2f} | {verdict} |"
+            )
     return "\n".join([*lines, ""]) if len(lines) > 2 else ""
 
 
@@ -212,8 +246,14 @@ def look(rows, out, count=64):
         distances = [attention_distance(w, args["patch_size"]) for w in attention(model.eval(), images)]
         label = f"{name}: mean {torch.stack(distances).nanmean():.1f} px"
         for block, heads in enumerate(distances):
-            axes.plot([block + (i - 1) / 8] * len(heads), heads.numpy(), "o^sDv<>"[i % 7], alpha=0.8,
-                      color=COLOURS[i % len(COLOURS)], label=None if block else label)
+            axes.plot(
+                [block + (i - 1) / 8] * len(heads),
+                heads.numpy(),
+                "o^sDv<>"[i % 7],
+                alpha=0.8,
+                color=COLOURS[i % len(COLOURS)],
+                label=None if block else label,
+            )
         if state["projections"]:
             draw_maps(model, state, data, images[1::16], out / f"maps-{args['schedule']}.png")
         alike = attention_distance(torch.ones(1, 1, 1 + model.grid**2, 1 + model.grid**2), args["patch_size"])

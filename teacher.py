@@ -22,8 +22,9 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = None
         if stride != 1 or in_channels != channels:  # by projection, in ResNet-56 too, as the LG code has it
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False),
-                                            nn.BatchNorm2d(channels))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
 
     def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -47,8 +48,11 @@ class ResNet(nn.Module):
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         self.feature_channels = tuple(channels)
         width = channels[0]
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False) if small else \
-            nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.conv1 = (
+            nn.Conv2d(3, width, 3, padding=1, bias=False)
+            if small
+            else nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        )
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)

@@ -932,7 +932,17 @@ def setup(beta, make_optimizer, teacher=None):
     torch.manual_seed(1)
     progress = train.Progress(args, 1, beta, 1e-3)
     return [
-        student, teacher, guide, optimizer, scheduler, few, beta, args, generator, train.nullcontext(), progress
+        student,
+        teacher,
+        guide,
+        optimizer,
+        scheduler,
+        few,
+        beta,
+        args,
+        generator,
+        train.nullcontext(),
+        progress,
     ]
 
 
@@ -1227,7 +1237,9 @@ def test_a_relative_run_measures_its_unit_once_keeps_it_and_divides_the_threshol
     small_glyphs, monkeypatch, capsys
 ):
     measured, thresholds = [], []
-    monkeypatch.setattr(train, "measure_scale", lambda *args, f=train.measure_scale: measured.append(f(*args)))
+    monkeypatch.setattr(
+        train, "measure_scale", lambda *args, f=train.measure_scale: measured.append(f(*args))
+    )
 
     class Noted(AdaptiveStop):
         def __init__(self, threshold):
@@ -1298,7 +1310,9 @@ def test_rows_of_one_seed_share_first_weights_teacher_and_first_batch(small_glyp
         pairs = zip(seen[schedule, 0][:-1], seen["early", 0][:-1])
         assert all(torch.equal(one, other) for one, other in pairs)
     assert not torch.equal(seen["early", 0][-3], seen["early", 1][-3])
-    teachers = [records(f"runs/glyphs-deit_mini-{row}")[0] for row in ("constant-seed0", "early-seed0", "early-seed1")]
+    teachers = [
+        records(f"runs/glyphs-deit_mini-{row}")[0] for row in ("constant-seed0", "early-seed0", "early-seed1")
+    ]
     assert teachers[0]["teacher_crc"] == teachers[1]["teacher_crc"] != teachers[2]["teacher_crc"]
     assert (teachers[0]["teacher_model"], teachers[0]["teacher_epochs"]) == ("resnet8", 5)
 
@@ -2379,7 +2393,9 @@ def test_an_epoch_waits_for_the_device_once_and_mixes_no_devices(size, monkeypat
     student = VisionTransformer(10, size, 8, 48, 3, 3, (0, 1, 2), drop_path=0.1).to("meta")
     teacher = resnet8(10).to("meta").eval().requires_grad_(False)
     guide = Guidance(student.feature_channels, teacher.feature_channels).to("meta")
-    optimizer = train.make_optimizer(student, guide, 1e-3, fused=False)  # there is no fused one on this device
+    optimizer = train.make_optimizer(
+        student, guide, 1e-3, fused=False
+    )  # there is no fused one on this device
     used = set()
 
     def noted(original):
@@ -2478,12 +2494,7 @@ def test_the_bench_shows_and_writes_what_it_measured(monkeypatch, tmp_path, caps
 
     found = measured()
     names = [line["name"] for line in found["rows"]]
-    assert names[:4] == [
-        "float32, eager",
-        "+ bfloat16 autocast",
-        "+ fused optimiser",
-        "+ torch.compile",
-    ]
+    assert names[:4] == ["float32, eager", "+ bfloat16 autocast", "+ fused optimiser", "+ torch.compile"]
     assert len(names) == 12 and found["torch"] == str(torch.__version__) and found["command"]
     for line in found["rows"]:
         if "early" in line["name"]:

@@ -50,11 +50,27 @@ CNNS = {"resnet56": resnet56, "resnet20": resnet20, "resnet8": resnet8, "resnet1
 TEACHER_SIZE = 32  # pixels: what the small CNNs are trained on, and guide from
 
 # Defaults by kind of model and data: on every real data set exactly the recipe of the LG code.
-VIT = dict(model="deit_tiny", teacher="resnet56", epochs=300, batch_size=128, lr=5e-4, image_size=224,
-           patch_size=16, augment="strong")
+VIT = dict(
+    model="deit_tiny",
+    teacher="resnet56",
+    epochs=300,
+    batch_size=128,
+    lr=5e-4,
+    image_size=224,
+    patch_size=16,
+    augment="strong",
+)
 CNN = dict(epochs=300, batch_size=128, lr=0.1, image_size=TEACHER_SIZE, augment="strong")
-GLYPHS_VIT = dict(model="deit_mini", teacher="resnet8", epochs=26, batch_size=32, lr=3e-3, image_size=64,
-                  patch_size=16, augment="weak")
+GLYPHS_VIT = dict(
+    model="deit_mini",
+    teacher="resnet8",
+    epochs=26,
+    batch_size=32,
+    lr=3e-3,
+    image_size=64,
+    patch_size=16,
+    augment="weak",
+)
 GLYPHS_CNN = dict(epochs=5, batch_size=64, lr=0.1, image_size=TEACHER_SIZE, augment="weak")
 SMALLER = """
   python train.py --dataset cifar100 --classes 20 --model resnet20 --epochs 30
@@ -62,8 +78,21 @@ SMALLER = """
       --batch-size 64 --lr 1e-3 --epochs 30 --teacher resnet20"""
 
 
-def train_epoch(student, teacher, guidance, optimizer, scheduler, data, beta, args, generator, precision,
-                progress, rank=0, ranks=1):
+def train_epoch(
+    student,
+    teacher,
+    guidance,
+    optimizer,
+    scheduler,
+    data,
+    beta,
+    args,
+    generator,
+    precision,
+    progress,
+    rank=0,
+    ranks=1,
+):
     """One epoch: the training step, for every batch, of which each of `ranks` processes works on its part.
 
     With beta = 0 neither the teacher nor the projections are called, and the step is plain cross-entropy.
@@ -75,8 +104,9 @@ def train_epoch(student, teacher, guidance, optimizer, scheduler, data, beta, ar
     student.train()
     steps = len(data.x_train) // args.batch_size  # the last partial batch is dropped
     sums = torch.zeros(3, device=data.x_train.device)  # so that the host waits only where it reads them
-    epoch = batches(data.x_train, data.y_train, args.batch_size, args.image_size, generator, args.augment,
-                    rank, ranks)
+    epoch = batches(
+        data.x_train, data.y_train, args.batch_size, args.image_size, generator, args.augment, rank, ranks
+    )
     for step, (images, labels) in enumerate(epoch):  # (B, 3, S, S), (B,)
         with precision:
             logits, features = student(images)  # (B, classes), three of (B, D, S / patch, S / patch)
@@ -170,8 +200,23 @@ def load_checkpoint(path):
     except Exception as error:  # damaged, a foreign pickle, no torch file at all: torch raises many things
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is damaged or no checkpoint ({reason}); train it again") from error
-    keys = {"args", "data", "model", "projections", "optimizer", "generator", "guiding", "adaptive", "origin",
-            "history", "dataset", "classes", "image_size", "patch_size", "epochs"}
+    keys = {
+        "args",
+        "data",
+        "model",
+        "projections",
+        "optimizer",
+        "generator",
+        "guiding",
+        "adaptive",
+        "origin",
+        "history",
+        "dataset",
+        "classes",
+        "image_size",
+        "patch_size",
+        "epochs",
+    }
     if not (isinstance(state, dict) and keys <= {*state, *state.get("args", ())}):
         raise InputError(f"{path} was not written by this train.py; choose the last.pt of a run")
     return state
@@ -179,8 +224,12 @@ def load_checkpoint(path):
 
 def fingerprint(data):
     """What a checkpoint remembers of its data, so that it is never used with others."""
-    return dict(num_classes=data.num_classes, train_images=len(data.x_train),
-                train_crc=crc32(data.y_train.cpu().numpy()), test_crc=crc32(data.x_test.cpu().numpy()))
+    return dict(
+        num_classes=data.num_classes,
+        train_images=len(data.x_train),
+        train_crc=crc32(data.y_train.cpu().numpy()),
+        test_crc=crc32(data.x_test.cpu().numpy()),
+    )
 
 
 def restore(path, dataset, data):
@@ -188,8 +237,10 @@ def restore(path, dataset, data):
     state = load_checkpoint(path)
     was, now = (state["args"]["dataset"], state["data"]), (dataset, fingerprint(data))
     if was != now:
-        raise InputError(f"{path} was trained on other data: {was[0]} {was[1]}, not {now[0]} {now[1]}; "
-                         "choose another checkpoint, or the --data it was trained on")
+        raise InputError(
+            f"{path} was trained on other data: {was[0]} {was[1]}, not {now[0]} {now[1]}; "
+            "choose another checkpoint, or the --data it was trained on"
+        )
     args = state["args"]
     try:
         model = build(args["model"], data.num_classes, args["image_size"], args["patch_size"])
@@ -223,10 +274,17 @@ def train_teacher(args):
     """The file of the teacher, which is trained now if only its model is named and it has not been yet."""
     if args.teacher not in CNNS:
         return Path(args.teacher)
-    theirs = parse([f"--dataset={args.dataset}", f"--data={args.data}", f"--model={args.teacher}",
-                    f"--seed={args.seed}", f"--device={args.device}"]
-                   + ([f"--classes={args.classes}"] if args.classes else [])
-                   + ([f"--held-out={args.held_out}"] if args.held_out else []))
+    theirs = parse(
+        [
+            f"--dataset={args.dataset}",
+            f"--data={args.data}",
+            f"--model={args.teacher}",
+            f"--seed={args.seed}",
+            f"--device={args.device}",
+        ]
+        + ([f"--classes={args.classes}"] if args.classes else [])
+        + ([f"--held-out={args.held_out}"] if args.held_out else [])
+    )
     path, theirs.amp, theirs.compile = Path(theirs.out) / "last.pt", args.amp, args.compile
     if path.exists():  # finished, or to be continued as it was begun
         state = load_checkpoint(path)
@@ -259,10 +317,13 @@ def ready_teacher(path, args, data, device, precision, rank=0, ranks=1):
     chance = 100 * data.y_test.bincount().max().item() / len(data.y_test)  # always the commonest class
     if accuracy < chance + 1:
         raise InputError(f"the teacher {path} is at chance ({accuracy:.1f} %): train it longer, or another")
-    print(f"teacher: {name} of {path}, trained for {epochs} epochs; it gets {accuracy:.2f} % of the test "
-          "images right, as it sees them while it guides")
-    return teacher, dict(teacher=str(path), teacher_model=name, teacher_epochs=epochs, teacher_crc=crc,
-                         teacher_acc=accuracy)
+    print(
+        f"teacher: {name} of {path}, trained for {epochs} epochs; it gets {accuracy:.2f} % of the test "
+        "images right, as it sees them while it guides"
+    )
+    return teacher, dict(
+        teacher=str(path), teacher_model=name, teacher_epochs=epochs, teacher_crc=crc, teacher_acc=accuracy
+    )
 
 
 def measure_scale(guidance, model, teacher, data, image_size, precision):
@@ -297,11 +358,21 @@ def provenance(args, device):
     except (OSError, subprocess.CalledProcessError):  # no git, or a copy outside a repository
         commit = None
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return dict(command=" ".join(["python", *sys.argv]), args=vars(args), seed=args.seed, device=str(device),
-                hardware=hardware, threads=torch.get_num_threads(), python=platform.python_version(),
-                torch=str(torch.__version__), torchvision=str(torchvision.__version__),
-                numpy=numpy.__version__, pillow=PIL.__version__,
-                git_commit=commit, started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
+    return dict(
+        command=" ".join(["python", *sys.argv]),
+        args=vars(args),
+        seed=args.seed,
+        device=str(device),
+        hardware=hardware,
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        torchvision=str(torchvision.__version__),
+        numpy=numpy.__version__,
+        pillow=PIL.__version__,
+        git_commit=commit,
+        started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+    )
 
 
 class Progress:
@@ -327,14 +398,20 @@ class Progress:
                 print(f"That is long. The same method, small enough for a CPU:{SMALLER}")
         if sys.stdout.isatty():
             speed = step * self.args.batch_size / (now - self.started)
-            print(f"epoch {self.epoch}, step {step} of {steps}: loss_cls {loss_cls:.3f}, "
-                  f"train {100 * accuracy:.1f} %, {speed:.0f} images/s", end="  \r", flush=True)
+            print(
+                f"epoch {self.epoch}, step {step} of {steps}: loss_cls {loss_cls:.3f}, "
+                f"train {100 * accuracy:.1f} %, {speed:.0f} images/s",
+                end="  \r",
+                flush=True,
+            )
 
     def stop(self, what, step, loss_cls, loss_guidance):
         """Ends the run before such numbers reach a file."""
-        raise InputError(f"{what} not finite by step {step} of epoch {self.epoch}: loss_cls {loss_cls}, "
-                         f"loss_guidance {loss_guidance}, beta {self.beta:.3f}, lr {self.lr:.2e}; last.pt "
-                         "keeps the epoch before; try another --out with a lower --lr or --no-amp")
+        raise InputError(
+            f"{what} not finite by step {step} of epoch {self.epoch}: loss_cls {loss_cls}, "
+            f"loss_guidance {loss_guidance}, beta {self.beta:.3f}, lr {self.lr:.2e}; last.pt "
+            "keeps the epoch before; try another --out with a lower --lr or --no-amp"
+        )
 
 
 def keep_freed_memory():
@@ -403,10 +480,15 @@ def run(args, rank=0, ranks=1):
     if last.exists():
         model, state = restore(last, args.dataset, data)
         if "scheduler" not in state:
-            raise InputError(f"{last} was begun by an older train.py, with other learning rates: start another "
-                             "--out, or finish it with that version")
-        other = [f"{key} was {value}, is {getattr(args, key, None)}" for key, value in state["args"].items()
-                 if value != getattr(args, key, None) and key not in ("resume", "out", "data", "device")]
+            raise InputError(
+                f"{last} was begun by an older train.py, with other learning rates: start another "
+                "--out, or finish it with that version"
+            )
+        other = [
+            f"{key} was {value}, is {getattr(args, key, None)}"
+            for key, value in state["args"].items()
+            if value != getattr(args, key, None) and key not in ("resume", "out", "data", "device")
+        ]
         if other:
             raise InputError(f"{last} was made with other options: {'; '.join(other)}; choose the same")
         if state["origin"].get("teacher_crc") != about_teacher.get("teacher_crc"):
@@ -418,8 +500,10 @@ def run(args, rank=0, ranks=1):
         if args.reduction == "relative" and not state:
             measure_scale(guidance, model, teacher, data, args.image_size, precision)
     optimizer = make_optimizer(model, guidance, args.lr)
-    scheduler = LambdaLR(optimizer, lambda step: lr_at(
-        step / steps, args.epochs, args.lr, args.model in TRANSFORMERS) / args.lr)
+    scheduler = LambdaLR(
+        optimizer,
+        lambda step: lr_at(step / steps, args.epochs, args.lr, args.model in TRANSFORMERS) / args.lr,
+    )
     # the published threshold is for the mean form, which starts near 39 with the paper's teacher
     threshold = -0.02 / (39 if args.reduction == "relative" else 1)
     adaptive, guiding, history = AdaptiveStop(threshold=threshold), guided, []
@@ -446,15 +530,20 @@ def run(args, rank=0, ranks=1):
 
     if guided and args.reduction == "relative":
         origin |= dict(guidance_scale=guidance.scale.item())
-        print(f"unit of the guidance loss: {guidance.scale.item():.4g}, the mean square of the teacher's maps")
-    print(f"data: {args.dataset}, {len(data.x_train)} training and {len(data.x_test)} "
-          f"{'held-out' if args.held_out else 'test'} images of "
-          f"{data.x_train.shape[-1]} px, {data.num_classes} classes\n"
-          f"model: {args.model} at {args.image_size} px, {origin['parameters']:,} parameters\n"
-          f"training: {args.epochs} epochs of {steps} steps of {args.batch_size} images\n"
-          f"device: {device_in_words}\n"
-          f"guidance: {in_words(args.schedule, args.epochs, args.beta, args.guide_epochs)}\n"
-          f"log and checkpoint: {out}", flush=True)
+        print(
+            f"unit of the guidance loss: {guidance.scale.item():.4g}, the mean square of the teacher's maps"
+        )
+    print(
+        f"data: {args.dataset}, {len(data.x_train)} training and {len(data.x_test)} "
+        f"{'held-out' if args.held_out else 'test'} images of "
+        f"{data.x_train.shape[-1]} px, {data.num_classes} classes\n"
+        f"model: {args.model} at {args.image_size} px, {origin['parameters']:,} parameters\n"
+        f"training: {args.epochs} epochs of {steps} steps of {args.batch_size} images\n"
+        f"device: {device_in_words}\n"
+        f"guidance: {in_words(args.schedule, args.epochs, args.beta, args.guide_epochs)}\n"
+        f"log and checkpoint: {out}",
+        flush=True,
+    )
     student, guide = model, guidance
     if compiled:  # what is saved, and evaluated, are the plain networks
         student = torch.compile(model)
@@ -467,8 +556,20 @@ def run(args, rank=0, ranks=1):
         torch.manual_seed((args.seed * 10**6 + epoch * 10**3 + rank) % 2**63)  # drop path
         progress = Progress(args, epoch, beta, lr)
         loss_cls, loss_guidance, train_acc = train_epoch(
-            student, teacher, guide, optimizer, scheduler, data, beta, args, generator, precision, progress, rank,
-            ranks)
+            student,
+            teacher,
+            guide,
+            optimizer,
+            scheduler,
+            data,
+            beta,
+            args,
+            generator,
+            precision,
+            progress,
+            rank,
+            ranks,
+        )
         speed = steps * args.batch_size / (time.perf_counter() - progress.started)
         weights = [*model.state_dict().values(), *(guidance.state_dict().values() if guided else [])]
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
@@ -476,40 +577,73 @@ def run(args, rank=0, ranks=1):
         val_acc = evaluate(model, data, args.image_size, precision, rank=rank, ranks=ranks)
         if args.schedule == "adaptive" and beta > 0:
             goes_on = adaptive.update(loss_guidance)
-            guiding = goes_on or epoch < warm_up_epochs(args.epochs)  # while the learning rate is still rising
+            guiding = goes_on or epoch < warm_up_epochs(
+                args.epochs
+            )  # while the learning rate is still rising
         seconds = time.perf_counter() - progress.started
-        history.append(dict(
-            epoch=epoch, beta=beta, loss_cls=loss_cls, loss_guidance=loss_guidance if beta else None, lr=lr,
-            train_acc=train_acc, val_acc=val_acc, seconds=seconds, images_per_second=speed))
+        history.append(
+            dict(
+                epoch=epoch,
+                beta=beta,
+                loss_cls=loss_cls,
+                loss_guidance=loss_guidance if beta else None,
+                lr=lr,
+                train_acc=train_acc,
+                val_acc=val_acc,
+                seconds=seconds,
+                images_per_second=speed,
+            )
+        )
         state = dict(
-            model=model.state_dict(), projections=guidance.state_dict() if guided else None,
-            optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), generator=generator.get_state(), guiding=guiding,
-            adaptive=adaptive.history, history=history, origin=origin, data=about_data, args=vars(args))
+            model=model.state_dict(),
+            projections=guidance.state_dict() if guided else None,
+            optimizer=optimizer.state_dict(),
+            scheduler=scheduler.state_dict(),
+            generator=generator.get_state(),
+            guiding=guiding,
+            adaptive=adaptive.history,
+            history=history,
+            origin=origin,
+            data=about_data,
+            args=vars(args),
+        )
         if rank == 0:
             write_whole(last, lambda file, state=state: torch.save(state, file))
             write_log(log, [origin, *history])
         guidance_now, weighted = (f"{loss_guidance:.3f}", f"{beta * loss_guidance:.3f}") if beta else "--"
-        print(f"epoch {epoch:3d}  beta {beta:.3f}  loss_cls {loss_cls:.3f}  loss_guidance {guidance_now:>6}  "
-              f"beta*L {weighted:>6}  "
-              f"train {train_acc:5.1f} %  val {val_acc:5.1f} %  {speed:.0f} images/s  "
-              f"{timedelta(seconds=round(seconds * (args.epochs - 1 - epoch)))} left", flush=True)
+        print(
+            f"epoch {epoch:3d}  beta {beta:.3f}  loss_cls {loss_cls:.3f}  loss_guidance {guidance_now:>6}  "
+            f"beta*L {weighted:>6}  "
+            f"train {train_acc:5.1f} %  val {val_acc:5.1f} %  {speed:.0f} images/s  "
+            f"{timedelta(seconds=round(seconds * (args.epochs - 1 - epoch)))} left",
+            flush=True,
+        )
 
     best = max(history, key=lambda line: line["val_acc"])
-    print(f"result: {args.model} on {args.dataset}, schedule {args.schedule}, seed {args.seed}: val_acc "
-          f"{history[-1]['val_acc']:.2f} % after the last epoch (best {best['val_acc']:.2f} %, epoch "
-          f"{best['epoch']}), {timedelta(seconds=round(sum(line['seconds'] for line in history)))}")
+    print(
+        f"result: {args.model} on {args.dataset}, schedule {args.schedule}, seed {args.seed}: val_acc "
+        f"{history[-1]['val_acc']:.2f} % after the last epoch (best {best['val_acc']:.2f} %, epoch "
+        f"{best['epoch']}), {timedelta(seconds=round(sum(line['seconds'] for line in history)))}"
+    )
 
 
 def evaluate_file(args):
     """Prints the accuracy of a checkpoint on the test images of the data set it was trained for."""
     theirs = argparse.Namespace(**{"held_out": None} | load_checkpoint(args.evaluate)["args"])
     device, precision, _ = pick_device(args.device, args.amp)
-    data = load(theirs.dataset, theirs.data if args.data == "data" else args.data, theirs.classes, device,
-                theirs.held_out)
+    data = load(
+        theirs.dataset,
+        theirs.data if args.data == "data" else args.data,
+        theirs.classes,
+        device,
+        theirs.held_out,
+    )
     model, state = restore(args.evaluate, theirs.dataset, data)
     accuracy = evaluate(model.to(device), data, theirs.image_size, precision)
-    print(f"{args.evaluate}: {theirs.model}, {len(state['history'])} epochs on {theirs.dataset}, val_acc "
-          f"{accuracy:.2f} %")
+    print(
+        f"{args.evaluate}: {theirs.model}, {len(state['history'])} epochs on {theirs.dataset}, val_acc "
+        f"{accuracy:.2f} %"
+    )
 
 
 class Options(argparse.ArgumentParser):
@@ -526,14 +660,23 @@ def parse(argv=None):
     add("--dataset", choices=CLASSES, default="glyphs", help="glyphs is generated, the others are real")
     add("--data", default="data", metavar="DIR", help="where data sets and their caches are (default: data)")
     add("--classes", type=int, metavar="K", help="use the first K classes only, for a quick run")
-    add("--held-out", type=float, metavar="F", help="measure on this fraction of the training images, which is "
-        "then not trained on, and leave the test images alone: for choosing")
+    add(
+        "--held-out",
+        type=float,
+        metavar="F",
+        help="measure on this fraction of the training images, which is "
+        "then not trained on, and leave the test images alone: for choosing",
+    )
     add("--model", choices=[*TRANSFORMERS, *CNNS], help="default: deit_tiny (glyphs: deit_mini)")
     add("--schedule", choices=["none", "constant", "early", "adaptive"], help="of beta (default: early)")
     add("--beta", type=float, default=2.5, help="weight of the guidance loss at the start (default: 2.5)")
-    add("--reduction", choices=["mean", "sum", "relative"], default="mean",
+    add(
+        "--reduction",
+        choices=["mean", "sum", "relative"],
+        default="mean",
         help="L_guidance over channels: sum in the formula, mean in the paper's code; relative: the mean over "
-        "the mean square of the teacher's maps, so that one beta fits every teacher (default: mean)")
+        "the mean square of the teacher's maps, so that one beta fits every teacher (default: mean)",
+    )
     add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (early: a third)")
     add("--teacher", metavar="FILE", help="its last.pt, or its model's name (default: resnet56)")
     add("--epochs", type=int)
@@ -598,8 +741,10 @@ def join(args, rank, ranks):
     args.device, local = "cuda" if cuda else "cpu", int(os.environ.get("LOCAL_RANK", rank))
     if cuda:
         if local >= torch.cuda.device_count():
-            raise InputError(f"no GPU is left for process {local}, of {torch.cuda.device_count()}; choose a "
-                             "lower --nproc_per_node, or --device cpu")
+            raise InputError(
+                f"no GPU is left for process {local}, of {torch.cuda.device_count()}; choose a "
+                "lower --nproc_per_node, or --device cpu"
+            )
         torch.cuda.set_device(local)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
@@ -620,8 +765,10 @@ def check_out(args):
         raise InputError(f"there is nothing to resume in {args.out}: check --out, or leave --resume out")
     if last.exists() and not args.resume:
         done = len(load_checkpoint(last)["history"])
-        raise InputError(f"{args.out} holds a run of {done} epochs already: continue it with --resume, or "
-                         "choose another --out")
+        raise InputError(
+            f"{args.out} holds a run of {done} epochs already: continue it with --resume, or "
+            "choose another --out"
+        )
 
 
 def terminated(*_):
