@@ -1,5 +1,6 @@
 """Times what training costs, with the very code that trains (`train.train_epoch`), on random images.
 
+Usage:
     python bench.py                        ladder, guidance, parts, networks; on a GPU if there is one
     python bench.py --amp --compile        one configuration
     python bench.py --rows inputs models   beside timm, torchvision and Pillow in workers (pip install timm)
@@ -11,8 +12,9 @@ it takes longer than the same steps do later is shown as set-up: mostly compilat
 
 import argparse
 import json
+import shlex
+import sys
 import time
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -27,20 +29,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Data, InputError, batches, write_whole
+from augment import batches
+from data import Data
 from guidance import Guidance
-from train import (
-    TRANSFORMERS,
-    Options,
-    build,
-    evaluate,
-    explain,
-    make_optimizer,
-    pick_compile,
-    pick_device,
-    provenance,
-    train_epoch,
-)
+from model import TRANSFORMERS
+from plumbing.devices import make_precision, pick_compile, pick_device, to_device
+from plumbing.files import InputError, write_whole
+from plumbing.options import Options, command_line
+from plumbing.runs import build, origin_of
+from train import evaluate, make_optimizer, train_epoch
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bfloat16, dense, from the data sheets
 
@@ -133,21 +130,22 @@ def train_row(row, args, data, device, rate):
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    model = build(args.model, 100, args.image_size, args.patch_size).to(device)
-    teacher = build("resnet56", 100, 32, 0).to(device).eval().requires_grad_(False) if row.beta else None
+    model = to_device(build(args.model, 100, args.image_size, args.patch_size), device)
+    teacher = (
+        to_device(build("resnet56", 100, 32, 0), device).eval().requires_grad_(False) if row.beta else None
+    )
     guidance = Guidance(model.feature_channels, (16, 32, 64)).to(device) if row.beta else None
     optimizer, generator = make_optimizer(model, guidance, 5e-4, row.fused), torch.Generator().manual_seed(0)
-    precision = torch.autocast(device.type, torch.bfloat16) if row.precision == "bf16" else nullcontext()
+    precision = make_precision(device, torch.bfloat16 if row.precision == "bf16" else torch.float32)
     networks = [
         torch.compile(network, mode=row.mode) if row.mode and network else network
         for network in (model, teacher, guidance)
     ]
     scheduler = LambdaLR(optimizer, lambda step: 1.0)
-    options = argparse.Namespace(batch_size=args.batch_size, image_size=args.image_size, augment="strong")
-    progress = argparse.Namespace(show=lambda step, steps, means: means.tolist())  # waits as training does
 
     def epoch(part=data):
-        train_epoch(*networks, optimizer, scheduler, part, row.beta, options, generator, precision, progress)
+        images = batches(part.x_train, part.y_train, args.batch_size, args.image_size, generator)
+        train_epoch(*networks, optimizer, scheduler, images, row.beta, precision)
 
     start, few = time.perf_counter(), 12 * args.batch_size
     epoch(data._replace(x_train=data.x_train[:few], y_train=data.y_train[:few]))
@@ -169,18 +167,18 @@ def train_row(row, args, data, device, rate):
 
 def parts(args, data, device, precision):
     """What surrounds the networks' step, each alone."""
-    teacher = build("resnet56", 100, 32, 0).to(device).eval()
-    model = build(args.model, 100, args.image_size, args.patch_size).to(device)
+    teacher = to_device(build("resnet56", 100, 32, 0), device).eval()
+    model = to_device(build(args.model, 100, args.image_size, args.patch_size), device)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
 
     @torch.no_grad()
     def teach():
         for _ in range(args.images // args.batch_size):
-            with precision:
+            with precision.autocast:
                 teacher(F.interpolate(images, 32, mode="bilinear"))
 
     def test():
-        evaluate(model, data._replace(x_test=data.x_train, y_test=data.y_train), args.image_size, precision)
+        evaluate(model, data.x_train, data.y_train, args.image_size, precision)
 
     works = {
         "augmentation alone": ours(data, args.image_size, args),
@@ -255,7 +253,7 @@ def models(args, data, device, precision):
 
     timms = timm.create_model("deit_tiny_patch16_224", num_classes=100, drop_path_rate=0.1).to(device)
     torchvisions = torchvision.models.VisionTransformer(224, 16, 12, 3, 192, 768, num_classes=100).to(device)
-    deit_tiny = build("deit_tiny", 100, 224, 16).to(device)
+    deit_tiny = to_device(build("deit_tiny", 100, 224, 16), device)
 
     def training(model, loader, fused=True):
         optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
@@ -263,7 +261,7 @@ def models(args, data, device, precision):
         def work():
             for images, labels in loader:
                 images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                with precision:
+                with precision.autocast:
                     logits = model(images)
                     loss = F.cross_entropy(logits[0] if model is deit_tiny else logits, labels)
                 optimizer.zero_grad()
@@ -329,6 +327,7 @@ def parse(argv=None):
     add("--compile", action=on_off, help="torch.compile; not in the ladder")
     add("--json", metavar="FILE", help="write the figures there, too, after each row")
     args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)])
     least = dict(image_size=32, patch_size=1, batch_size=2, images=2, repeats=1, workers=1)
     for key, value in least.items():
         if getattr(args, key) is not None and getattr(args, key) < value:
@@ -345,7 +344,7 @@ def lines(args, data, device, precision, compiled, rate):
     """Measures the rows asked for, one after the other."""
     base = Row(
         "training",
-        "fp32" if isinstance(precision, nullcontext) else "bf16",
+        "bf16" if precision.autocast.fast_dtype == torch.bfloat16 else "fp32",
         mode="default" if compiled else None,
     )
     if "ladder" in args.rows:
@@ -389,7 +388,7 @@ def main():
     x = torch.randint(256, (args.images, 3, 32, 32), dtype=torch.uint8).to(device)
     y = torch.randint(100, (args.images,)).to(device)
     rate, rate_in_words = peak(device, args)
-    origin = provenance(args, device)
+    origin = origin_of(args, device)
     print(
         f"{args.model} at {args.image_size} px, {steps} steps of {args.batch_size} images an epoch, median "
         f"of {args.repeats}\n{origin['hardware']}, torch {origin['torch']}: {in_words}; {compiled_in_words}"
@@ -405,4 +404,4 @@ def main():
 
 
 if __name__ == "__main__":
-    explain(main)
+    command_line(main)

@@ -1,5 +1,6 @@
 """Locality guidance: the loss by which a small CNN guides a transformer, and schedules of how long it does.
 
+The two equations, the second as the paper has it (`Guidance` has three forms of it):
     L = L_cls + beta * L_guidance                                    (Li et al., ECCV 2022, arXiv 2207.10026)
     L_guidance = sum_i 1 / (H_i W_i) * || F_vt^i - F_cnn^i ||_F^2
 

@@ -102,7 +102,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch_size, stride=patch_size)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + 1, width))
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes)
@@ -138,3 +138,6 @@ def deit_tiny(num_classes, image_size=224, patch_size=16, guided_blocks=(0, 6, 1
 def deit_mini(num_classes, image_size=32, patch_size=4, guided_blocks=(0, 3, 5), drop_path=0.0):
     """DeiT at half the width and depth (96, 6 blocks, 3 heads): for small images and trials on a CPU."""
     return VisionTransformer(num_classes, image_size, patch_size, 96, 6, 3, guided_blocks, drop_path)
+
+
+TRANSFORMERS = {"deit_tiny": deit_tiny, "deit_mini": deit_mini}

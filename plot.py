@@ -1,5 +1,6 @@
 """Rebuilds figures and tables from what runs have written. It alone needs matplotlib: pip install matplotlib
 
+Usage:
     python plot.py runs/* --out figures            accuracy by epoch and by time, losses, table.md; also from
                                                    logs alone: results/glyphs/*.jsonl
     python plot.py runs/* --out figures --untimed  without times: these runs shared a machine with others
@@ -24,9 +25,13 @@ try:
 except ModuleNotFoundError:
     raise SystemExit("error: plot.py draws with matplotlib: pip install matplotlib") from None
 
-from data import MEAN, STD, InputError, load, prepare, write_whole
+from augment import MEAN, STD, prepare
+from data import load
 from guidance import Guidance
-from train import CNNS, TEACHER_SIZE, Options, explain, restore
+from plumbing.files import InputError, write_whole
+from plumbing.options import Options, command_line
+from plumbing.runs import load_checkpoint, restore
+from teacher import CNNS, TEACHER_SIZE, load_teacher
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 LINES = ("-", "--", "-.", ":")  # so that a print without colours can be read as well
@@ -241,7 +246,7 @@ def look(rows, out, count=64):
     figure, [[axes]] = subplots(1, 1, (6.4, 4.8))
     for i, (name, run) in enumerate(students.items()):
         args = run["args"]
-        model, state = restore(run["path"].with_name("last.pt"), args["dataset"], data)
+        model, state = restore(run["path"].with_name("last.pt"))
         images = prepare(data.x_test[spread], args["image_size"])
         distances = [attention_distance(w, args["patch_size"]) for w in attention(model.eval(), images)]
         label = f"{name}: mean {torch.stack(distances).nanmean():.1f} px"
@@ -255,7 +260,7 @@ def look(rows, out, count=64):
                 label=None if block else label,
             )
         if state["projections"]:
-            draw_maps(model, state, data, images[1::16], out / f"maps-{args['schedule']}.png")
+            draw_maps(model, state, images[1::16], out / f"maps-{args['schedule']}.png")
         alike = attention_distance(torch.ones(1, 1, 1 + model.grid**2, 1 + model.grid**2), args["patch_size"])
         axes.axhline(alike.item(), color="grey", linewidth=1)
     axes.set(xlabel="block (grey: attention to all patches alike)", ylabel="distance of each head, pixels")
@@ -263,12 +268,12 @@ def look(rows, out, count=64):
 
 
 @torch.no_grad()
-def draw_maps(model, state, data, images, path):
+def draw_maps(model, state, images, path):
     """Draws images, and of each the teacher's maps beside the student's projected ones, channels averaged."""
-    teacher, _ = restore(state["origin"]["teacher"], state["args"]["dataset"], data)
+    teacher = load_teacher(load_checkpoint(state["origin"]["teacher"]))
     guidance = Guidance(model.feature_channels, teacher.feature_channels)
     guidance.load_state_dict(state["projections"])
-    _, theirs = teacher.eval()(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))
+    _, theirs = teacher(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))
     ours = [project(features) for project, features in zip(guidance.projections, model(images)[1])]
     shown = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     figure, panels = subplots(len(images), 7, (8.4, 1.25 * len(images)))
@@ -319,4 +324,4 @@ def main():
 
 
 if __name__ == "__main__":
-    explain(main)
+    command_line(main)

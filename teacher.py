@@ -9,6 +9,8 @@ that differ in the stem and the stages only. Parameters are named as torchvision
 
 from torch import nn
 
+TEACHER_SIZE = 32  # pixels: what the small CNNs are trained on, and guide from
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, (B, C_in, H, W) -> (B, C, H / stride, W / stride)."""
@@ -98,3 +100,22 @@ def resnet8(num_classes):
 def resnet18(num_classes):
     """The CNN row: 11,227,812 parameters with 100 classes; at 224 px features (64,56,56) ... (512,7,7)."""
     return ResNet(num_classes, (2, 2, 2, 2), (64, 128, 256, 512), small=False)
+
+
+CNNS = {"resnet56": resnet56, "resnet20": resnet20, "resnet8": resnet8, "resnet18": resnet18}
+
+
+def load_teacher(checkpoint):
+    """The network of a checkpoint that has been read already (a dict, as train.py saves it), ready to guide.
+
+    Raises:
+        ValueError: it is not a small ResNet trained at 32 px, or its weights are of another network.
+    """
+    name, size = checkpoint["args"]["model"], checkpoint["args"]["image_size"]
+    if size != TEACHER_SIZE or name not in CNNS or name == "resnet18":
+        raise ValueError(f"is a {name} at {size} px, not a small ResNet at {TEACHER_SIZE} px")
+    teacher = CNNS[name](checkpoint["data"]["num_classes"])
+    teacher.load_state_dict(checkpoint["model"])
+    # Frozen means BatchNorm too: it uses the statistics of its own training and learns no others. In the LG code
+    # the teacher is a part of the student's wrapper, whose .train() puts it back into train mode.
+    return teacher.eval().requires_grad_(False)

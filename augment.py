@@ -1,0 +1,252 @@
+"""The recipe's augmentation: a batch at once, each image with its own draws, on the training device.
+
+The recipe is that of DeiT and the LG code: random resized crop, flip, RandAugment rand-m9-mstd0.5-inc1 (timm's;
+much stronger than torchvision's magnitude 9), random erasing. `batches` is an epoch; its steps:
+
+    draw      all random choices of the epoch, on the CPU, from one seeded generator: the same on every
+              device, and as the host knows which image gets which operation, nothing waits for the device
+    resample  crop, resize and flip: each axis by itself, so two small matrix products for the whole batch
+    move,     an operation that moves or changes colours, at once on the images that drew it, each with a
+    recolour  parameter of its own
+"""
+
+import math
+from operator import itemgetter
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as TF
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, as in the LG code
+
+# RandAugment's operations, u in [0, 1] the level and s = +-1 the sign. Those that move pixels come first.
+OPERATIONS = (
+    "Rotate",  # by 30 u s degrees
+    "ShearX",  # by 0.3 u s
+    "ShearY",  # by 0.3 u s
+    "TranslateX",  # by 0.45 u s of the width
+    "TranslateY",  # by 0.45 u s of the height
+    "AutoContrast",  # every channel stretched to 0 .. 255
+    "Equalize",  # the histogram of every channel flattened
+    "Invert",  # 255 - x
+    "Posterize",  # the leading 4 - int(4 u) bits kept
+    "Solarize",  # inverted from 256 - int(256 u) on
+    "SolarizeAdd",  # int(110 u) added below 128
+    "Color",  # base + (x - base) max(0.1, 1 + 0.9 u s), base: the grey image
+    "Contrast",  # the same, base: the mean grey
+    "Brightness",  # the same, base: black
+    "Sharpness",  # the same, base: the smoothed image
+)
+MOVES = OPERATIONS[:5]
+FILL = tuple(round(255 * mean) for mean in MEAN)  # what they bring in from outside the image
+# Bytes of images augmented at once: what a CPU's cache holds; on a GPU several batches, to launch less often
+AT_ONCE = {"cpu": 2**25, "cuda": 2**29, "mps": 2**28}
+
+
+class Draws(NamedTuple):
+    """The random numbers of n images, on the CPU. A box is (top, left, height, width)."""
+
+    crop: torch.Tensor  # (n, 4) in pixels of the stored image
+    flip: torch.Tensor  # (n,) bool
+    operation: torch.Tensor  # (n, 2) the first and the second, as indices into OPERATIONS; -1: not applied
+    level: torch.Tensor  # (n, 2) u
+    sign: torch.Tensor  # (n, 2) s
+    erase: torch.Tensor  # (n, 4) in pixels of the output; all 0: nothing is erased
+    noise: torch.Tensor  # (n, 2) the corner of the noise that is put there, in a field of twice the size
+
+
+def draw(n, stored, size, generator, strength="strong"):
+    """Draws for n images of side `stored` that become `size`. "strong" is the recipe; "weak" a crop of at
+    least half the area and a flip."""
+    if strength not in ("strong", "weak"):
+        raise ValueError(f"strength must be 'strong' or 'weak', got {strength!r}")
+    smallest, operate, erase = (0.08, 0.5, 0.25) if strength == "strong" else (0.5, 0.0, 0.0)
+    crop = draw_boxes(n, stored, smallest, 1.0, 3 / 4, generator)
+    box = draw_boxes(n, size, 0.02, 1 / 3, 0.3, generator)
+    chance = torch.rand(6, n, generator=generator)
+    operation = torch.randint(len(OPERATIONS), (n, 2), generator=generator)
+    level = (0.9 + 0.05 * torch.randn(n, 2, generator=generator)).clamp(0, 1)  # m9, mstd0.5, of 10
+    return Draws(
+        crop,
+        chance[0] < 0.5,
+        torch.where(chance[1:3].T < operate, operation, -1),
+        level,
+        torch.where(chance[3:5].T < 0.5, -1.0, 1.0),
+        torch.where(chance[5, :, None] < erase, box, 0),
+        torch.randint(size + 1, (n, 2), generator=generator),
+    )
+
+
+def draw_boxes(n, side, smallest, largest, ratio, generator):
+    """(n, 4) boxes in a square: area uniform between two fractions of it, aspect log-uniform from `ratio` to
+    1 / `ratio`. As in the reference, ten tries for one that fits; where none does (< 1e-8), the square."""
+    tries = torch.rand(2, n, 10, generator=generator)
+    area, aspect = side**2 * (smallest + (largest - smallest) * tries[0]), ratio ** (2 * tries[1] - 1)
+    shapes = torch.stack(((area / aspect).sqrt(), (area * aspect).sqrt()), dim=2).round()  # (n, 10, 2)
+    fits = ((shapes >= 1) & (shapes <= side)).all(dim=2)
+    shape = torch.where(fits.any(dim=1)[:, None], shapes[torch.arange(n), fits.int().argmax(dim=1)], side)
+    corner = (torch.rand(n, 2, generator=generator) * (side - shape + 1)).floor()
+    return torch.cat((corner, shape), dim=1)
+
+
+def batches(x, y, batch_size, size, generator, strength="strong", rank=0, ranks=1):
+    """One epoch of training batches, shuffled and augmented; the last partial batch is dropped.
+
+    Args:
+        x, y: images uint8 (N, 3, S, S) and labels (N,), on any device.
+        size: side of the augmented images, in pixels.
+        generator: a torch.Generator on the CPU, the only source of randomness.
+        strength: as in `draw`.
+        rank, ranks: of so many processes this one gets its equal part of every batch. All draw alike.
+
+    Yields:
+        images float32 (batch_size / ranks, 3, size, size), labels, on the device of x and y.
+    """
+    used = len(x) // batch_size * batch_size
+    order = torch.randperm(len(x), generator=generator)
+    draws = draw(used, x.shape[-1], size, generator, strength)
+    noise = torch.randn(3, 2 * size, 2 * size, generator=generator).to(x.device, non_blocking=True)
+    mine = torch.arange(used).view(-1, batch_size).chunk(ranks, dim=1)[rank].flatten()
+    order, draws = order[mine].to(x.device, non_blocking=True), list(map(itemgetter(mine), draws))
+    batch_size //= ranks
+    at_once = max(1, AT_ONCE[x.device.type] // (12 * size**2) // batch_size) * batch_size
+    for start in range(0, len(order), at_once):
+        chosen = slice(start, start + at_once)
+        rows = order[chosen]
+        images = augment(x.index_select(0, rows), size, Draws(*map(itemgetter(chosen), draws)), noise)
+        yield from zip(images.split(batch_size), y[rows].split(batch_size))
+
+
+def augment(images, size, draws, noise):
+    """Applies `draws` to the images, each by itself.
+
+    Args:
+        images: uint8 (n, 3, S, S), on any device.
+        size: side of the result, in pixels.
+        draws: what `draw` gave for these images.
+        noise: standard normal (3, 2 size, 2 size), on the device; what is erased shows a part of it.
+
+    Returns:
+        float32 (n, 3, size, size), normalised with ImageNet's mean and standard deviation.
+    """
+    n, _, S, _ = images.shape
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, S, S) or len(draws.flip) != n:
+        raise ValueError(
+            f"expected uint8 images (B, 3, S, S) and as many draws, got {images.dtype} "
+            f"{tuple(images.shape)} and {len(draws.flip)}"
+        )
+    if size < 3:
+        raise ValueError(f"size must be at least 3 pixels, got {size}")
+    device = images.device
+    mean, std = torch.tensor((MEAN, STD)).view(2, 3, 1, 1).to(device, non_blocking=True)
+    result = torch.empty(n, 3, size, size, device=device)
+    at_once = max(1, AT_ONCE[device.type] // (12 * size**2))
+    for start in range(0, n, at_once):
+        part = slice(start, start + at_once)
+        x = resample(images[part], size, draws.crop[part], draws.flip[part])  # whole numbers 0 .. 255
+        for slot in range(2):
+            for i, operation in enumerate(OPERATIONS):
+                chosen = (draws.operation[part, slot] == i).nonzero()[:, 0]
+                if len(chosen):
+                    level, sign = torch.stack((draws.level[part], draws.sign[part]))[:, chosen, slot].to(
+                        device, non_blocking=True
+                    )[..., None, None, None]
+                    chosen = chosen.to(device, non_blocking=True)
+                    changed = x.index_select(0, chosen)  # whole images, copied faster than by x[chosen]
+                    if operation in MOVES:
+                        changed = move(changed, operation, level * sign, enlarged=size >= 2 * S)
+                    else:
+                        changed = recolour(changed, operation, level, sign)
+                    x.index_copy_(0, chosen, changed)
+        torch.addcmul(-mean / std, x, 1 / (255 * std), out=result[part])
+    for i, box in enumerate(torch.cat((draws.erase, draws.noise), dim=1).int().tolist()):
+        top, left, height, width, down, right = box
+        if height:
+            fresh = noise[:, down : down + height, right : right + width]
+            result[i, :, top : top + height, left : left + width] = fresh
+    return result
+
+
+def prepare(images, size):
+    """The test transform: uint8 (B, 3, S, S) -> normalised float32 (B, 3, size, size), bilinear, no crop."""
+    return TF.normalize(TF.resize(images, [size, size], antialias=True) / 255, MEAN, STD)
+
+
+def resample(images, size, crop, flip):
+    """Crop, bicubic resize as Pillow's, flip: uint8 (n, 3, S, S) -> whole numbers, (n, 3, size, size).
+
+    Each axis is resampled by itself, so for a batch it is two small matrix products: the weights of the
+    stored pixels for each output pixel are Keys' cubic, a = -1/2, widened where the image shrinks.
+    """
+    n, _, S, _ = images.shape
+    start, length = crop.to(images.device, non_blocking=True)[..., None, None].chunk(2, dim=1)  # (n, 2, 1, 1)
+    flip = flip.to(images.device, non_blocking=True)[:, None]
+    pixel = torch.arange(S, device=images.device) + 0.5
+    pixel = torch.where((pixel > start) & (pixel < start + length), pixel, torch.inf)  # (n, 2, 1, S)
+    point = (torch.arange(size, device=images.device) + 0.5).expand(n, size)
+    point = torch.stack((point, torch.where(flip, point.flip(1), point)), dim=1)[..., None]  # (n, 2, size, 1)
+    scale = length / size  # stored pixels to an output pixel
+    d = (pixel - (start + scale * point)).div_(scale.clamp(min=1)).abs_()  # (n, 2, size, S)
+    u = (1 - d).clamp_(min=-1)  # twice the cubic is u (1 + u)^2, where u > 0 plus u^2 (2 - 4 u)
+    near = u.clamp(min=0)
+    weights = (u + 1).square_().mul_(u).addcmul_(near.square(), 2 - 4 * near)
+    rows, columns = weights.div_(weights.sum(dim=3, keepdim=True)).unbind(dim=1)  # (n, size, S) each
+    x = images.float().reshape(n, 3 * S, S) @ columns.mT  # (n, 3 S, size)
+    x = x.round_().clamp_(0, 255).view(n, 3, S, size)
+    return (rows[:, None] @ x).round_().clamp_(0, 255)  # (n, 1, size, S) @ (n, 3, S, size)
+
+
+def move(x, operation, amount, enlarged):
+    """An operation that moves pixels on x, float (b, 3, S, S), 0 .. 255; amount = u s: (b, 1, 1, 1)."""
+    S, amount = x.shape[-1], amount[:, 0]  # (b, 1, 1)
+    across = (torch.arange(S, device=x.device) + 0.5) * (2 / S) - 1  # (S,) from -1 to 1
+    down = across[:, None]  # (S, 1)
+    from_x, from_y = across, down  # where an output pixel comes from
+    if operation == "Rotate":
+        cos, sin = (amount * math.radians(30)).cos(), (amount * math.radians(30)).sin()
+        from_x, from_y = cos * across - sin * down, sin * across + cos * down  # (b, S, S)
+    elif operation == "ShearX":
+        from_x = across + 0.3 * amount * (down + 1)
+    elif operation == "ShearY":
+        from_y = down + 0.3 * amount * (across + 1)
+    elif operation == "TranslateX":
+        from_x = from_x + 2 * 0.45 * amount
+    else:
+        from_y = from_y + 2 * 0.45 * amount
+    inside = ((from_x.abs() < 1) & (from_y.abs() < 1)).expand(len(x), S, S)[:, None]
+    grid = torch.stack((from_x.expand(len(x), S, S), from_y.expand(len(x), S, S)), dim=3)  # (b, S, S, 2)
+    mode = "bilinear" if enlarged else "bicubic"  # on a smooth image as good, at a quarter of the cost
+    x = F.grid_sample(x, grid, mode, "border", align_corners=False)
+    fill = torch.tensor(FILL, dtype=torch.float32).view(3, 1, 1).to(x.device, non_blocking=True)
+    return torch.where(inside, x, fill).round_().clamp_(0, 255)
+
+
+def recolour(x, operation, level, sign):
+    """A colour operation on x, float (b, 3, H, W) of whole numbers 0 .. 255; level, sign: (b, 1, 1, 1)."""
+    if operation == "AutoContrast":
+        low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
+        return torch.where(high > low, ((x - low) * (255 / (high - low).clamp(min=1))).floor(), x)
+    if operation == "Equalize":
+        return TF.equalize(x.byte()).float()
+    if operation == "Invert":
+        return 255 - x
+    if operation == "Posterize":
+        step = 2 ** (4 + (4 * level).int())  # the value of the last bit that is kept
+        return (x / step).floor() * step
+    if operation == "Solarize":
+        return torch.where(x < 256 - (256 * level).int(), x, 255 - x)
+    if operation == "SolarizeAdd":
+        return torch.where(x < 128, (x + (110 * level).int()).clamp(max=255), x)
+    red, green, blue = x.unbind(dim=1)
+    base = (0.299 * red + 0.587 * green + 0.114 * blue).round()[:, None]  # grey (b, 1, H, W)
+    if operation == "Contrast":
+        base = base.mean(dim=(2, 3), keepdim=True).round()
+    elif operation == "Brightness":
+        base = torch.zeros_like(base)
+    elif operation == "Sharpness":
+        base, middle = x.clone(), x[:, :, 1:-1, 1:-1]  # 3x3, the centre weighs 5 of 13; the border stays
+        three = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+        nine = three[..., :-2] + three[..., 1:-1] + three[..., 2:]
+        base[:, :, 1:-1, 1:-1] = ((nine + 4 * middle) / 13).round()
+    return (base + (x - base) * (1 + 0.9 * level * sign).clamp(min=0.1)).clamp(0, 255).floor()

@@ -1,0 +1,155 @@
+"""The device and its precision, compilation, and several processes that share a run."""
+
+import ctypes
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from plumbing.files import InputError
+from teacher import CNNS, ResNet
+
+
+class Precision(NamedTuple):
+    """PyTorch's idiom of mixed precision; in float32 both do nothing."""
+
+    autocast: torch.autocast
+    scaler: torch.amp.GradScaler
+
+
+def make_precision(device, dtype):
+    """dtype: torch.bfloat16, torch.float16 or torch.float32; only float16 needs its gradients scaled."""
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return Precision(autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
+
+
+def pick_device(name, amp):
+    """Chooses where and how to compute. On a CPU, the process keeps freed memory from then on.
+
+    Args:
+        name: auto, cpu, cuda, cuda:1 or mps.
+        amp: True, False or None, to be decided here.
+
+    Returns:
+        The device, the `Precision`, and both with their reasons in words.
+    """
+    why, why_precision = "as asked", "the default on this device" if amp is None else "as asked"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        why = "no GPU was found" if name == "cpu" else "a GPU was found"
+    try:
+        device = torch.zeros(1, device=name).device
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("it is not cpu, cuda or mps")
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} does not work here ({reason}); leave it out") from error
+    if device.type == "cpu":
+        keep_freed_memory()
+    amp = device.type == "cuda" if amp is None else amp
+    kind = "bfloat16 autocast" if amp else "float32"
+    precision = make_precision(device, torch.bfloat16 if amp else torch.float32)
+    return device, precision, f"{device} ({why}); {kind} ({why_precision})"
+
+
+def keep_freed_memory():
+    """Makes Linux' C library keep freed memory. By default it hands the memory of large tensors back to the
+    system, which zeroes it page by page for the next one: a quarter of the time of augmentation at 224 px."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # some have another C library
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets a mapping of its own
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def to_device(network, device):
+    """Moves a network. Convolutions are faster where the channels of a pixel lie side by side."""
+    if isinstance(network, ResNet):
+        return network.to(device, memory_format=torch.channels_last)
+    return network.to(device)
+
+
+def pick_compile(asked, device, steps):
+    """Whether to compile (asked: True, False or None), and the reason in words. It pays in long runs only."""
+    if asked is not None:
+        return asked, f"{'torch.compile' if asked else 'eager'} (as asked)"
+    if device.type != "cuda" or steps < 20_000 or not find_spec("triton"):
+        return False, "eager (the default on a CPU, in a short run and without triton)"
+    return True, "torch.compile (the default in a long run on a CUDA GPU)"
+
+
+class Processes(NamedTuple):
+    """The processes that share one run, each working on its part of every batch; this is number `rank`."""
+
+    rank: int = 0
+    count: int = 1
+
+    @contextmanager
+    def first_one_first(self):
+        """The first process does what follows before the others do: it fetches data and trains the teacher,
+        alone, as a CNN's BatchNorm wants whole batches; then they find both."""
+        if self.rank > 0:
+            dist.barrier()
+        yield
+        if self.rank == 0 and self.count > 1:
+            dist.barrier()
+
+    def sum(self, tensor):
+        """The sum of the processes' tensors."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, numbers, device):
+        """The means of the processes' numbers."""
+        if self.count == 1:
+            return numbers
+        return (self.sum(torch.tensor(numbers, device=device)) / self.count).tolist()
+
+    def wrap(self, student, teacher, guidance, compiled):
+        """The networks as they are trained: compiled if so chosen, and with gradients that are averaged over
+        the processes, so that every step is that of the whole batch."""
+        if compiled:
+            student, teacher, guidance = (net and torch.compile(net) for net in (student, teacher, guidance))
+        if self.count > 1:
+            student, guidance = (net and DistributedDataParallel(net) for net in (student, guidance))
+        return student, teacher, guidance
+
+    def leave(self):
+        """Ends the meeting."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
+
+def join_processes(args):
+    """Makes this process one of those that torchrun has started for one run, before any of them does anything.
+
+    Only the first one prints.
+    """
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return Processes()
+    if args.model in CNNS:
+        raise InputError(f"{args.model} trains in one process, as BatchNorm wants whole batches: use python")
+    if args.batch_size % count:
+        raise InputError(f"{count} processes cannot share batches of {args.batch_size}: choose a multiple")
+    cuda = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
+    args.device, local = "cuda" if cuda else "cpu", int(os.environ.get("LOCAL_RANK", rank))
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"no GPU is left for process {local}, of {torch.cuda.device_count()}; choose a "
+                "lower --nproc_per_node, or --device cpu"
+            )
+        torch.cuda.set_device(local)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"the processes do not find each other ({error}); start them by torchrun") from error
+    return Processes(rank, count)

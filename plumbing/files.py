@@ -1,0 +1,72 @@
+"""Files that are written whole or not at all, and the error that tells a user what to do."""
+
+import glob
+import io
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+class InputError(ValueError):
+    """Something the user can mend: the message names the cause and the next action, and only it is shown."""
+
+
+def write_whole(path, save):
+    """Writes a file with save(file), beside `path` first: a kill or a full disk at any byte leaves the old file.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written to.
+    """
+    path = Path(path)
+    ours = f"{path.name}.{platform.node()}"  # other machines may share the folder
+    partial = path.with_name(f"{ours}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{glob.escape(ours)}.*.partial"):
+            if has_ended(int(left.suffixes[-2][1:])):  # killed while it wrote
+                left.unlink(missing_ok=True)
+        with open(partial, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error}); free space or choose another folder") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def has_ended(pid):
+    """Whether no process of this number runs on this machine any more; on Windows nobody knows."""
+    if os.name == "posix":
+        try:
+            os.kill(pid, 0)  # asks only
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+    return False
+
+
+def write_tensors(path, state):
+    """Writes a dictionary with torch.save; by way of memory, so that only the disk's own errors are the disk's."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def read_tensors(path):
+    """What `write_tensors` wrote, on the CPU. Only tensors and plain values are unpickled: a file runs nothing.
+
+    Raises:
+        InputError: there is no such file, or it is damaged or something else.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path}: check the name, or train it first")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged, a foreign pickle, no torch file at all: torch raises many things
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} is damaged or no checkpoint ({reason}); train it again") from error

@@ -1,0 +1,182 @@
+"""The command line: options, what they default to, and how a program ends when something goes wrong."""
+
+import argparse
+import os
+import shlex
+import sys
+
+import torch
+import torch.distributed as dist
+
+from data import CLASSES
+from guidance import beta_at
+from model import TRANSFORMERS
+from plumbing.files import InputError
+from plumbing.runs import Interrupted, build
+from teacher import CNNS, TEACHER_SIZE
+
+WITHOUT_EFFECT = ("teacher", "beta", "reduction", "guide_epochs")  # where there is no guidance
+
+
+class Options(argparse.ArgumentParser):
+    """Refuses wrong options with one line, in place of argparse's twelve."""
+
+    def error(self, message):
+        raise InputError(f"{message}; see python {self.prog} --help")
+
+
+def parse(argv, recipes):
+    """The options of a run. Each has a value afterwards, so that a run's args say all there is to know.
+
+    Args:
+        argv: a list of words, as from a command line.
+        recipes: name -> defaults. A given option wins over its recipe's; without --recipe, --dataset implies one.
+    """
+    parser = Options(
+        prog="train.py", description="Trains a transformer, guided or alone, or a ResNet.", allow_abbrev=False
+    )
+    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    add("--recipe", choices=recipes, help="defaults of all the options (default: paper; for glyphs: glyphs)")
+    add("--dataset", choices=CLASSES, help="glyphs is generated, the others are real (default: glyphs)")
+    add("--data", default="data", metavar="DIR", help="where data sets and their caches are (default: data)")
+    add("--classes", type=int, metavar="K", help="use the first K classes only, for a quick run")
+    add(
+        "--held-out",
+        type=float,
+        metavar="F",
+        help="measure on this fraction of the training images, which is "
+        "then not trained on, and leave the test images alone: for choosing",
+    )
+    add("--model", choices=[*TRANSFORMERS, *CNNS])
+    add("--schedule", choices=["none", "constant", "early", "adaptive"], help="of beta (default: early)")
+    add("--beta", type=float, help="weight of the guidance loss at the start")
+    add(
+        "--reduction",
+        choices=["mean", "sum", "relative"],
+        help="L_guidance over channels: sum in the formula, mean in the paper's code; relative: the mean over "
+        "the mean square of the teacher's maps, so that one beta fits every teacher",
+    )
+    add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (early: a third)")
+    add(
+        "--teacher", metavar="FILE", help="its last.pt, or its model's name, which is then trained if need be"
+    )
+    add("--epochs", type=int)
+    add("--batch-size", type=int)
+    add("--lr", type=float, help="peak learning rate")
+    add("--image-size", type=int, help="pixels the model sees")
+    add("--patch-size", type=int, help="pixels of a transformer's patch")
+    add("--augment", choices=["strong", "weak"], help="strong: the reference recipe; weak: crop and flip")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
+    add("--amp", action=on_off, help="bfloat16 autocast (default: on a CUDA GPU)")
+    add("--compile", action=on_off, help="torch.compile (default: in a long run on a CUDA GPU)")
+    add("--out", metavar="DIR", help="its folder (default: runs/<dataset>-<model>-<schedule>-seed<seed>)")
+    add("--resume", action="store_true", help="continue after the last whole epoch")
+    args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "train.py", *argv])
+    idle = [f"--{key.replace('_', '-')}" for key in WITHOUT_EFFECT if getattr(args, key) is not None]
+    fill_in(args, recipes)
+    check(args, parser.error)
+    if idle and (args.schedule == "none" or args.beta == 0):  # loops over schedules share their options
+        print(f"note: without guidance, {', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect")
+    return args
+
+
+def fill_in(args, recipes):
+    """Gives every option that was not given the value of its recipe."""
+    if args.recipe is None:
+        args.recipe = "glyphs" if args.dataset in (None, "glyphs") else "paper"
+    recipe = dict(recipes[args.recipe])
+    if args.dataset not in (None, recipe["dataset"]):
+        recipe["classes"] = None  # they belong to the recipe's own data set
+    args.model = args.model or recipe["model"]
+    if args.model in CNNS:
+        recipe |= {key: recipe[f"cnn_{key}"] for key in ("epochs", "batch_size", "lr")} | dict(
+            schedule="none"
+        )
+        if args.model != "resnet18":  # the row to compare with sees what the transformer sees
+            recipe["image_size"] = TEACHER_SIZE
+    for key, value in recipe.items():
+        if not key.startswith("cnn_") and getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.out is None:
+        parts = [args.dataset]
+        parts += [f"{args.classes}classes"] if args.classes else []
+        parts += [f"heldout{args.held_out:g}"] if args.held_out else []
+        parts += [args.model, *([args.schedule] if args.model in TRANSFORMERS else []), f"seed{args.seed}"]
+        args.out = "runs/" + "-".join(parts)
+
+
+def check(args, fail):
+    """Refuses what can be seen to be wrong before anything is read or trained."""
+    if args.model in CNNS and args.schedule != "none":
+        fail(f"{args.model} is a CNN and takes no guidance: leave --schedule out")
+    if args.schedule == "adaptive" and args.reduction == "sum":
+        fail("the adaptive rule is made for the mean form of the loss, or --reduction relative: not for sum")
+    if args.teacher == "resnet18":
+        fail("resnet18 is no teacher: choose resnet56, resnet20 or resnet8")
+    for key, least, most in (
+        ("epochs", 1, 2**63),
+        ("batch_size", 2, 2**63),
+        ("image_size", 8, 2048),
+        ("patch_size", 1, 2048),
+        ("lr", 1e-12, 2**63),
+        ("seed", 0, 2**63),
+    ):
+        if not least <= getattr(args, key) <= most:
+            bound = f"at least {least}" if getattr(args, key) < least else f"at most {most}"
+            fail(f"--{key.replace('_', '-')} must be {bound}, not {getattr(args, key)}")
+    if args.held_out is not None and not 0 < args.held_out < 1:
+        fail(f"--held-out must lie between 0 and 1, not {args.held_out}")
+    try:
+        beta_at(args.schedule, 0, args.epochs, args.beta, args.guide_epochs)
+        with torch.device("meta"):  # sizes are checked, and no memory is taken
+            build(args.model, 2, args.image_size, args.patch_size)
+    except ValueError as error:
+        fail(str(error))
+
+
+def of_teacher(args, recipes):
+    """The options of the run that trains the teacher `args` names: as a user would give them, so that its log
+    holds a command that makes it again."""
+    argv = [
+        f"--recipe={args.recipe}",
+        f"--dataset={args.dataset}",
+        f"--model={args.teacher}",
+        f"--seed={args.seed}",
+    ]
+    for key in ("data", "classes", "held_out", "device"):
+        if getattr(args, key) not in (None, "data", "auto"):
+            argv.append(f"--{key.replace('_', '-')}={getattr(args, key)}")
+    argv += [f"--{'' if args.amp else 'no-'}amp"] if args.amp is not None else []
+    argv += [f"--{'' if args.compile else 'no-'}compile"] if args.compile is not None else []
+    return parse(argv, recipes)
+
+
+def command_line(program):
+    """Runs a program. What the user can mend ends with one line and exit code 1, Ctrl-C with 130, SIGTERM with
+    143."""
+    try:
+        program()
+        sys.stdout.flush()  # here and not while Python ends, where nothing could be caught
+    except InputError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except (MemoryError, RuntimeError) as error:
+        sys.exit(f"error: {in_one_line(error)}")
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still has to flush
+        sys.exit(1)
+    except KeyboardInterrupt as stop:
+        sys.exit(143 if isinstance(stop, Interrupted) else 130)
+
+
+def in_one_line(error):
+    """What a user can do about an error of Python's or torch's; raised again if nobody knows."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        return f"out of memory ({reason}); choose a smaller --batch-size or --image-size, and another --out"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed ({reason}); try again with --no-compile"
+    if isinstance(error, dist.DistError) or "gloo" in reason:
+        return f"another process of this run has ended ({reason}); go on with --resume"
+    raise error
