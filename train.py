@@ -14,20 +14,19 @@ import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from augment import batches, prepare
-from data import fingerprint, load
+from data import load
 from guidance import AdaptiveStop, Guidance, beta_at
 from model import TRANSFORMERS
 from plumbing import options, runs
 from plumbing.devices import Processes, join_processes, pick_compile, pick_device, to_device
-from plumbing.files import InputError, write_tensors
-from teacher import CNNS, TEACHER_SIZE, ResNet, load_teacher
+from plumbing.files import explained
+from teacher import CNNS, TEACHER_SIZE, ResNet
 
 DEFAULTS = {  # of the options, by recipe: "paper" is exactly that of the LG code, "small" its like for a CPU
     "recipe": ("paper", "small", "glyphs"),
@@ -143,40 +142,11 @@ def trained_teacher(args):
                 return path
             if path.exists():  # continued as it was begun
                 vars(theirs).update(runs.load_checkpoint(path)["args"], device=args.device, data=args.data)
-            theirs.resume = path.with_name("log.jsonl").exists()
+            theirs.resume = path.exists() or path.with_name("log.jsonl").exists()
             print(f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs")
             train(theirs)
             print()
     return path
-
-
-def ready_teacher(path, args, data, device, precision):
-    """The frozen teacher of a file; refused if it does not fit the data.
-
-    Returns:
-        The network, and for the log its file, a checksum of its weights and its accuracy in % on the very
-        tensors that it would guide with.
-    """
-    state = runs.load_checkpoint(path)
-    runs.check_same_data(path, state, args.dataset, fingerprint(data))
-    try:
-        teacher = load_teacher(state)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"the teacher {path} {error}; choose another --teacher") from error
-    crc = crc32(b"".join(tensor.numpy().tobytes() for tensor in teacher.state_dict().values()))
-    teacher = to_device(teacher, device)
-    accuracy = evaluate(teacher, data.x_test, data.y_test, args.image_size, precision, as_teacher=True)
-    chance = 100 * data.y_test.bincount().max().item() / len(data.y_test)  # always the commonest class
-    if accuracy < chance + 1:
-        raise InputError(f"the teacher {path} is at chance ({accuracy:.1f}%): train it longer, or another")
-    name, epochs = state["args"]["model"], len(state["history"])
-    print(
-        f"teacher: {name} of {path}, trained for {epochs} epochs; it gets {accuracy:.2f}% of the test "
-        "images right, as it sees them while it guides"
-    )
-    return teacher, dict(
-        teacher=str(path), teacher_model=name, teacher_epochs=epochs, teacher_crc=crc, teacher_acc=accuracy
-    )
 
 
 def measure_scale(guidance, student, teacher, data, image_size, precision):
@@ -185,62 +155,45 @@ def measure_scale(guidance, student, teacher, data, image_size, precision):
     with torch.no_grad(), precision.autocast:
         _, features = student(images[:1])
         _, targets = teacher(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))
-    try:
-        guidance.measure(features, targets)
-    except ValueError as error:
-        raise InputError(f"{error}: it cannot guide; choose another --teacher") from error
+    guidance.measure(features, targets)
 
 
 class Training:
-    """All that changes while a run trains, which is what its checkpoint holds."""
+    """What changes while a run trains, which is what its checkpoint holds."""
 
     def __init__(self, args, data, teacher, precision, device):
         torch.manual_seed(args.seed)  # the first weights
         self.generator = torch.Generator().manual_seed(args.seed)  # order of the images, augmentation
-        student = runs.build(args.model, data.num_classes, args.image_size, args.patch_size)
-        self.student, self.guidance, self.guiding = to_device(student, device), None, teacher is not None
+        network = runs.build(args.model, data.num_classes, args.image_size, args.patch_size)
+        self.model, self.projections, self.guiding = to_device(network, device), None, teacher is not None
         if teacher:
-            guidance = Guidance(student.feature_channels, teacher.feature_channels, args.reduction)
-            self.guidance = guidance.to(device)
-        self.optimizer = make_optimizer(self.student, self.guidance, args.lr)
-        steps = len(data.x_train) // args.batch_size
-        self.scheduler = LambdaLR(
-            self.optimizer,
-            lambda step: lr_at(step / steps, args.epochs, args.lr, args.model in TRANSFORMERS) / args.lr,
-        )
-        self.scaler, self.history = precision.scaler, []
+            guidance = Guidance(network.feature_channels, teacher.feature_channels, args.reduction)
+            self.projections = guidance.to(device)
+        self.optimizer = make_optimizer(self.model, self.projections, args.lr)
+        steps, transformer = len(data.x_train) // args.batch_size, args.model in TRANSFORMERS
+        factor = lambda step: lr_at(step / steps, args.epochs, args.lr, transformer) / args.lr  # noqa: E731
+        self.scheduler, self.scaler, self.history = LambdaLR(self.optimizer, factor), precision.scaler, []
         # the published threshold is for the mean form, which starts near 39 with the paper's teacher
         self.adaptive = AdaptiveStop(threshold=-0.02 / (39 if args.reduction == "relative" else 1))
 
     def parts(self):
-        """What has a state of its own, by its name in the checkpoint."""
-        return dict(
-            model=self.student,
-            projections=self.guidance,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            scaler=self.scaler,
-        )
+        """What has a state_dict of its own, by its name in the checkpoint."""
+        return {
+            name: getattr(self, name) for name in ("model", "projections", "optimizer", "scheduler", "scaler")
+        }
 
     def state_dict(self):
         state = {name: part and part.state_dict() for name, part in self.parts().items()}
-        return state | dict(
-            generator=self.generator.get_state(),
-            guiding=self.guiding,
-            adaptive=self.adaptive.history,
-            history=self.history,
-        )
+        state |= dict(guiding=self.guiding, adaptive=self.adaptive.history, history=self.history)
+        return state | dict(generator=self.generator.get_state())
 
     def load_state_dict(self, state):
         for name, part in self.parts().items():
             if part:
                 part.load_state_dict(state[name])
         self.generator.set_state(state["generator"])
-        self.guiding, self.adaptive.history, self.history = (
-            state["guiding"],
-            state["adaptive"],
-            state["history"],
-        )
+        self.guiding, self.adaptive.history = state["guiding"], state["adaptive"]
+        self.history = state["history"]
 
 
 def run(args, processes=Processes()):
@@ -255,84 +208,65 @@ def run(args, processes=Processes()):
 
 def train(args, processes=Processes()):
     """`run`, in a folder that is locked already."""
-    last, log, first = Path(args.out, "last.pt"), Path(args.out, "log.jsonl"), processes.rank == 0
-    state = runs.begin(args)
+    checkpoint = runs.begin(args)
     device, precision, in_words = pick_device(args.device, args.amp)
-    origin = runs.origin_of(args, device) | dict(precision=in_words, processes=processes.count)
-    if first and not log.exists():
-        runs.write_log(log, [origin])
-    teacher = None
+    folder = runs.Folder(args, device, in_words, processes)
+    teacher, guided = None, args.schedule != "none" and args.beta > 0
     with processes.first_one_first():
         data = load(args.dataset, args.data, args.classes, device, args.held_out)
-        steps = len(data.x_train) // args.batch_size  # the last partial batch is dropped
-        if not steps:
-            raise InputError(
-                f"{len(data.x_train)} images do not fill one batch; choose a smaller --batch-size"
-            )
-        path = trained_teacher(args) if args.schedule != "none" and args.beta > 0 else None
-    if path:
-        teacher, about_teacher = ready_teacher(path, args, data, device, precision)
-        origin |= about_teacher
-    training = Training(args, data, teacher, precision, device)
-    origin |= dict(parameters=sum(p.numel() for p in training.student.parameters()), steps=steps)
-    if state:
-        origin = runs.resume(last, state, args, training, origin, fingerprint(data))
-    elif teacher and args.reduction == "relative":
-        measure_scale(training.guidance, training.student, teacher, data, args.image_size, precision)
-        origin |= dict(guidance_scale=training.guidance.scale.item())
+        steps = folder.count_steps(data)
+        path = trained_teacher(args) if guided else None
+    if guided:
+        teacher = to_device(folder.open_teacher(path, data), device)
+        folder.accept_teacher(
+            evaluate(teacher, data.x_test, data.y_test, args.image_size, precision, True), data
+        )
+    now = Training(args, data, teacher, precision, device)
+    if checkpoint:
+        folder.resume(checkpoint, now, data)
+    elif guided and args.reduction == "relative":
+        with explained(f"the teacher {path} cannot guide", "choose another --teacher"):
+            measure_scale(now.projections, now.model, teacher, data, args.image_size, precision)
     compiled, compiled_in_words = pick_compile(args.compile, device, steps * args.epochs)
-    runs.announce(args, data, origin, f"{in_words}; {compiled_in_words}")
+    folder.announce(data, now, f"{in_words}; {compiled_in_words}")
     # what is saved, and evaluated, are the plain networks
-    student, teacher, guidance = processes.wrap(training.student, teacher, training.guidance, compiled)
-    for epoch in range(len(training.history), args.epochs):
+    student, teacher, guidance = processes.wrap(now.model, teacher, now.projections, compiled)
+
+    for epoch in range(len(now.history), args.epochs):
         beta = (
-            beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs)
-            if training.guiding
-            else 0.0
+            beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs) if now.guiding else 0.0
         )
         torch.manual_seed((args.seed * 10**6 + epoch * 10**3 + processes.rank) % 2**63)  # drop path
-        epoch_of_batches = batches(
+        images = batches(
             data.x_train,
             data.y_train,
             args.batch_size,
             args.image_size,
-            training.generator,
+            now.generator,
             args.augment,
             *processes,
         )
-        progress = runs.Progress(epoch_of_batches, args, epoch, steps, device)
-        loss_cls, loss_guidance, train_acc = processes.mean(
-            train_epoch(
-                student, teacher, guidance, training.optimizer, training.scheduler, progress, beta, precision
-            ),
-            device,
+        progress = runs.Progress(images, args, epoch, steps, device)
+        losses = train_epoch(
+            student, teacher, guidance, now.optimizer, now.scheduler, progress, beta, precision
         )
+        loss_cls, loss_guidance, train_acc = processes.mean(losses, device)
         speed = steps * args.batch_size / progress.seconds()
         lr = lr_at(epoch + (steps - 1) / steps, args.epochs, args.lr, args.model in TRANSFORMERS)
-        line = dict(
-            epoch=epoch,
-            beta=beta,
-            loss_cls=loss_cls,
-            loss_guidance=loss_guidance if beta else None,
-            lr=lr,
-            train_acc=train_acc,
-        )
-        runs.check_finite(args, line, (training.student, training.guidance))
+        line = dict(epoch=epoch, beta=beta, loss_cls=loss_cls, loss_guidance=loss_guidance if beta else None)
+        line |= dict(lr=lr, train_acc=train_acc)
+        folder.check_finite(line, now)
         line["val_acc"] = evaluate(
-            training.student, data.x_test, data.y_test, args.image_size, precision, processes=processes
+            now.model, data.x_test, data.y_test, args.image_size, precision, processes=processes
         )
         if args.schedule == "adaptive" and beta > 0:
-            goes_on = training.adaptive.update(loss_guidance)
-            training.guiding = goes_on or epoch < warm_up_epochs(args.epochs)  # while the rate still rises
-        training.history.append(line | dict(seconds=progress.seconds(), images_per_second=speed))
-        if first:
-            write_tensors(
-                last, training.state_dict() | dict(origin=origin, data=fingerprint(data), args=vars(args))
-            )
-            runs.write_log(log, [origin, *training.history])
-        runs.show_epoch(training.history[-1], args.epochs)
-    runs.show_result(args, training.history)
-    return training.history
+            goes_on = now.adaptive.update(loss_guidance)
+            now.guiding = goes_on or epoch < warm_up_epochs(args.epochs)  # while the rate still rises
+        now.history.append(line | dict(seconds=progress.seconds(), images_per_second=speed))
+        folder.save(now, data)
+        runs.show_epoch(now.history[-1], args.epochs)
+    runs.show_result(args, now.history)
+    return now.history
 
 
 def parse(argv=None):

@@ -4,6 +4,7 @@ import glob
 import io
 import os
 import platform
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +12,17 @@ import torch
 
 class InputError(ValueError):
     """Something the user can mend: the message names the cause and the next action, and only it is shown."""
+
+
+@contextmanager
+def explained(problem, remedy):
+    """Turns what the body raises, on input that does not fit, into one line: problem (Python's words); remedy."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise InputError(f"{problem} ({error}); {remedy}") from error
 
 
 def write_whole(path, save):

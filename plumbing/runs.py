@@ -11,24 +11,23 @@ import time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from zlib import crc32
 
 import numpy
 import PIL
 import torch
 import torchvision
 
+from data import fingerprint
 from guidance import beta_at
 from model import TRANSFORMERS
-from plumbing.files import InputError, read_tensors, write_whole
-from teacher import CNNS
+from plumbing.files import InputError, explained, read_tensors, write_tensors, write_whole
+from teacher import CNNS, load_teacher
 
 try:
     import fcntl
 except ImportError:  # on Windows nothing stops two processes from writing into one folder
     fcntl = None
-
-
-# ------------------------------------------------------------------------------------------- checkpoints
 
 
 def build(name, num_classes, image_size, patch_size):
@@ -42,25 +41,10 @@ def build(name, num_classes, image_size, patch_size):
 
 
 def load_checkpoint(path):
-    """What `train.run` saved, as a dictionary on the CPU."""
+    """What `Folder.save` saved, as a dictionary on the CPU."""
     state = read_tensors(path)
-    keys = {
-        "args",
-        "data",
-        "model",
-        "projections",
-        "optimizer",
-        "generator",
-        "guiding",
-        "adaptive",
-        "origin",
-        "history",
-        "dataset",
-        "classes",
-        "image_size",
-        "patch_size",
-        "epochs",
-    }
+    keys = set("args data model projections optimizer generator guiding adaptive origin history".split())
+    keys |= {"dataset", "classes", "image_size", "patch_size", "epochs"}
     if not (isinstance(state, dict) and keys <= {*state, *state.get("args", ())}):
         raise InputError(f"{path} was not written by this train.py; choose the last.pt of a run")
     return state
@@ -74,52 +58,24 @@ def is_finished(path):
     return len(state["history"]) == state["args"]["epochs"]
 
 
-def check_same_data(path, state, dataset, about_data):
+def restore(path):
+    """The network of a checkpoint, with its weights, and the checkpoint."""
+    state = load_checkpoint(path)
+    args = state["args"]
+    with explained(f"{path} does not hold the network it names", "train it again"):
+        model = build(args["model"], state["data"]["num_classes"], args["image_size"], args["patch_size"])
+        model.load_state_dict(state["model"])
+    return model, state
+
+
+def check_data(path, state, dataset, data):
     """Refuses a checkpoint that was trained on other data."""
-    was, now = (state["args"]["dataset"], state["data"]), (dataset, about_data)
+    was, now = (state["args"]["dataset"], state["data"]), (dataset, fingerprint(data))
     if was != now:
         raise InputError(
             f"{path} was trained on other data: {was[0]} {was[1]}, not {now[0]} {now[1]}; "
             "choose another checkpoint, or the --data it was trained on"
         )
-
-
-def restore(path):
-    """The network of a checkpoint, with its weights, and the checkpoint."""
-    state = load_checkpoint(path)
-    args = state["args"]
-    try:
-        model = build(args["model"], state["data"]["num_classes"], args["image_size"], args["patch_size"])
-        model.load_state_dict(state["model"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path} does not hold the network it names ({error}); train it again") from error
-    return model, state
-
-
-def check_same_options(path, state, args):
-    """Refuses to go on with other options than a run was begun with."""
-    if "scheduler" not in state:
-        raise InputError(
-            f"{path} was begun by an older train.py, with other learning rates: start another "
-            "--out, or finish it with that version"
-        )
-    free = ("resume", "out", "data", "device", "command")
-    other = [
-        f"{key} was {value}, is {getattr(args, key, None)}"
-        for key, value in state["args"].items()
-        if value != getattr(args, key, None) and key not in free
-    ]
-    if other:
-        raise InputError(f"{path} was made with other options: {'; '.join(other)}; choose the same")
-
-
-def write_log(path, lines):
-    """Writes dictionaries as JSON lines."""
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-# ---------------------------------------------------------------------------------------------- a folder
 
 
 @contextmanager
@@ -129,11 +85,9 @@ def locked(folder, wait=False):
     Args:
         wait: for a process that does, instead of refusing.
     """
-    try:
+    with explained(f"cannot write into {folder}", "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # not the log, which every epoch replaces
-    except OSError as error:
-        raise InputError(f"cannot write into {folder} ({error}); choose another --out") from error
     with lock:
         try:
             if fcntl:
@@ -162,26 +116,136 @@ def begin(args):
             f"{args.out} holds a run of {len(state['history'])} epochs already: continue it with "
             "--resume, or choose another --out"
         )
-    check_same_options(last, state, args)
+    if "scheduler" not in state:
+        raise InputError(
+            f"{last} was begun by an older train.py, with other learning rates: start another "
+            "--out, or finish it with that version"
+        )
+    free = ("resume", "out", "data", "device", "command")
+    other = [
+        f"{key} was {value}, is {getattr(args, key, None)}"
+        for key, value in state["args"].items()
+        if value != getattr(args, key, None) and key not in free
+    ]
+    if other:
+        raise InputError(f"{last} was made with other options: {'; '.join(other)}; choose the same")
     return state
 
 
-def resume(last, state, args, training, origin, about_data):
-    """Puts `training` where its checkpoint was, and returns the origin for the log; origin: that of this session."""
-    check_same_data(last, state, args.dataset, about_data)
-    if state["origin"].get("teacher_crc") != origin.get("teacher_crc"):
-        raise InputError(
-            f"{last} was guided by another teacher than {origin['teacher']} is now: bring that one back"
+class Folder:
+    """What a run writes, and what its first line says of where it comes from."""
+
+    def __init__(self, args, device, device_in_words, processes):
+        self.args, self.writes = args, processes.rank == 0
+        self.last, self.log = Path(args.out, "last.pt"), Path(args.out, "log.jsonl")
+        self.origin = origin_of(args, device) | dict(precision=device_in_words, processes=processes.count)
+        if not self.log.exists():
+            self.write_log([])
+
+    def write_log(self, history):
+        """Writes the log anew, whole."""
+        text = "".join(json.dumps(line) + "\n" for line in [self.origin, *history])
+        if self.writes:
+            write_whole(self.log, lambda file: file.write(text.encode()))
+
+    def save(self, training, data):
+        """Writes checkpoint and log after an epoch."""
+        if self.writes:
+            about = dict(origin=self.origin, data=fingerprint(data), args=vars(self.args))
+            write_tensors(self.last, training.state_dict() | about)
+        self.write_log(training.history)
+
+    def count_steps(self, data):
+        """Steps in an epoch; the last partial batch is dropped."""
+        steps = len(data.x_train) // self.args.batch_size
+        if not steps:
+            raise InputError(
+                f"{len(data.x_train)} images do not fill one batch; choose a smaller --batch-size"
+            )
+        return steps
+
+    def open_teacher(self, path, data):
+        """The frozen teacher of a file; refused if it does not fit the data."""
+        state = load_checkpoint(path)
+        check_data(path, state, self.args.dataset, data)
+        with explained(f"the teacher {path} cannot guide", "choose another --teacher"):
+            teacher = load_teacher(state)
+        crc = crc32(b"".join(tensor.numpy().tobytes() for tensor in state["model"].values()))
+        self.origin |= dict(
+            teacher=str(path),
+            teacher_model=state["args"]["model"],
+            teacher_epochs=len(state["history"]),
+            teacher_crc=crc,
         )
-    try:
-        training.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{last} is no whole state of a run ({error}); start another --out") from error
-    print(f"resumed after epoch {len(training.history) - 1}")
-    if len(training.history) == args.epochs:
-        return state["origin"]
-    session = dict(epoch=len(training.history), git_commit=origin["git_commit"], hardware=origin["hardware"])
-    return state["origin"] | dict(resumed=[*state["origin"].get("resumed", []), session])
+        return teacher
+
+    def accept_teacher(self, accuracy, data):
+        """Takes the teacher's accuracy on the very tensors that it would guide with; refuses one at chance."""
+        name, path, epochs = (self.origin[key] for key in ("teacher_model", "teacher", "teacher_epochs"))
+        chance = 100 * data.y_test.bincount().max().item() / len(data.y_test)  # always the commonest class
+        if accuracy < chance + 1:
+            raise InputError(
+                f"the teacher {path} is at chance ({accuracy:.1f}%): train it longer, or another"
+            )
+        print(
+            f"teacher: {name} of {path}, trained for {epochs} epochs; it gets {accuracy:.2f}% of the test "
+            "images right, as it sees them while it guides"
+        )
+        self.origin |= dict(teacher_acc=accuracy)
+
+    def resume(self, state, training, data):
+        """Puts `training` where its checkpoint was."""
+        check_data(self.last, state, self.args.dataset, data)
+        now, self.origin = self.origin, state["origin"]
+        if self.origin.get("teacher_crc") != now.get("teacher_crc"):
+            raise InputError(
+                f"{self.last} was guided by another teacher than {now['teacher']} is now: bring that one back"
+            )
+        with explained(f"{self.last} is no whole state of a run", "start another --out"):
+            training.load_state_dict(state)
+        epoch = len(training.history)
+        if epoch < self.args.epochs:  # perhaps on another machine
+            session = dict(epoch=epoch, git_commit=now["git_commit"], hardware=now["hardware"])
+            self.origin |= dict(resumed=[*self.origin.get("resumed", []), session])
+        self.write_log(training.history)  # a kill between checkpoint and log has left it a line short
+        print(f"resumed after epoch {epoch - 1}")
+
+    def announce(self, data, training, device_in_words):
+        """Says what is about to be trained, with what, and how."""
+        args, steps = self.args, self.count_steps(data)
+        parameters = sum(p.numel() for p in training.model.parameters())
+        self.origin |= dict(parameters=parameters, steps=steps, data=fingerprint(data))
+        if training.projections and args.reduction == "relative":
+            self.origin |= dict(guidance_scale=training.projections.scale.item())
+            print(
+                f"unit of the guidance loss: {self.origin['guidance_scale']:.4g}, the mean square of the teacher's maps"
+            )
+        measured_on = "held-out" if args.held_out else "test"
+        print(
+            f"data: {args.dataset}, {len(data.x_train)} training and {len(data.x_test)} {measured_on} images of "
+            f"{data.x_train.shape[-1]} px, {data.num_classes} classes\n"
+            f"model: {args.model} at {args.image_size} px, {parameters:,} parameters\n"
+            f"training: {args.epochs} epochs of {steps} steps of {args.batch_size} images\n"
+            f"device: {device_in_words}\n"
+            f"guidance: {guidance_in_words(args)}\n"
+            f"log and checkpoint: {args.out}",
+            flush=True,
+        )
+
+    def check_finite(self, line, training):
+        """Ends the run before a loss or weight that is not finite reaches a file."""
+        losses = [line[key] for key in ("loss_cls", "loss_guidance") if line[key] is not None]
+        finite = all(map(math.isfinite, losses))
+        networks = filter(None, (training.model, training.projections))
+        weights = [
+            tensor.isfinite().all() for network in networks for tensor in network.state_dict().values()
+        ]
+        if not finite or not torch.stack(weights).all():
+            raise InputError(
+                f"{'a weight' if finite else 'the loss'} is not finite in epoch {line['epoch']}: loss_cls "
+                f"{line['loss_cls']}, loss_guidance {line['loss_guidance']}, beta {line['beta']:.3f}, lr {line['lr']:.2e}; "
+                f"{self.last} keeps the epoch before; try another --out with a lower --lr or --no-amp"
+            )
 
 
 def origin_of(args, device):
@@ -192,43 +256,16 @@ def origin_of(args, device):
     except (OSError, subprocess.CalledProcessError):  # no git, or a copy outside a repository
         commit = None
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return dict(
-        command=args.command,
-        args=vars(args),
-        seed=args.seed,
-        device=str(device),
-        hardware=hardware,
-        threads=torch.get_num_threads(),
-        python=platform.python_version(),
-        torch=str(torch.__version__),
-        torchvision=str(torchvision.__version__),
-        numpy=numpy.__version__,
-        pillow=PIL.__version__,
-        git_commit=commit,
-        started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+    versions = {module.__name__: str(module.__version__) for module in (torch, torchvision, numpy)}
+    origin = dict(
+        command=args.command, args=vars(args), seed=args.seed, git_commit=commit, device=str(device)
     )
+    origin |= dict(hardware=hardware, threads=torch.get_num_threads(), python=platform.python_version())
+    started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    return origin | versions | dict(pillow=PIL.__version__, started=started)
 
 
-def announce(args, data, origin, device_in_words):
-    """Says what is about to be trained, with what, and how."""
-    if "guidance_scale" in origin:
-        print(
-            f"unit of the guidance loss: {origin['guidance_scale']:.4g}, the mean square of the teacher's maps"
-        )
-    print(
-        f"data: {args.dataset}, {len(data.x_train)} training and {len(data.x_test)} "
-        f"{'held-out' if args.held_out else 'test'} images of {data.x_train.shape[-1]} px, "
-        f"{data.num_classes} classes\n"
-        f"model: {args.model} at {args.image_size} px, {origin['parameters']:,} parameters\n"
-        f"training: {args.epochs} epochs of {origin['steps']} steps of {args.batch_size} images\n"
-        f"device: {device_in_words}\n"
-        f"guidance: {in_words(args)}\n"
-        f"log and checkpoint: {args.out}",
-        flush=True,
-    )
-
-
-def in_words(args):
+def guidance_in_words(args):
     """The schedule of beta as a sentence."""
     betas = [
         beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs)
@@ -237,17 +274,10 @@ def in_words(args):
     guided = sum(beta > 0 for beta in betas)
     if not guided:
         return "none, plain cross-entropy; no teacher is called"
-    shape = (
-        f"beta falls linearly from {args.beta:g} to 0"
-        if args.schedule == "early"
-        else f"beta = {args.beta:g}"
-    )
+    shape = "beta falls linearly from {:g} to 0" if args.schedule == "early" else "beta = {:g}"
     until = ", or until AdaptiveStop ends it" if args.schedule == "adaptive" else ""
     rest = f"; from epoch {guided} on the teacher is not called" if guided < args.epochs else ""
-    return f"{shape} in epochs 0 to {guided - 1} of {args.epochs}{until}{rest}"
-
-
-# ------------------------------------------------------------------------------------- while it is trained
+    return f"{shape.format(args.beta)} in epochs 0 to {guided - 1} of {args.epochs}{until}{rest}"
 
 
 class Progress:
@@ -286,20 +316,6 @@ class Progress:
     def seconds(self):
         """Since the epoch began."""
         return time.perf_counter() - self.started
-
-
-def check_finite(args, line, networks):
-    """Ends the run before a loss or weight that is not finite reaches a file."""
-    losses = [line[key] for key in ("loss_cls", "loss_guidance") if line[key] is not None]
-    weights = [tensor for network in networks if network for tensor in network.state_dict().values()]
-    finite = all(map(math.isfinite, losses))
-    if not finite or not torch.stack([weight.isfinite().all() for weight in weights]).all():
-        what = "a weight" if finite else "the loss"
-        raise InputError(
-            f"{what} is not finite in epoch {line['epoch']}: loss_cls {line['loss_cls']}, "
-            f"loss_guidance {line['loss_guidance']}, beta {line['beta']:.3f}, lr {line['lr']:.2e}; "
-            f"{args.out} keeps the epochs before; try another --out with a lower --lr or --no-amp"
-        )
 
 
 def show_epoch(line, epochs):
