@@ -2,7 +2,7 @@
 
 import argparse
 import os
-import shlex
+import re
 import sys
 
 import torch
@@ -12,7 +12,7 @@ from data import CLASSES
 from guidance import beta_at
 from model import TRANSFORMERS
 from plumbing.files import InputError
-from plumbing.runs import Interrupted, build
+from plumbing.runs import Interrupted, build, quoted
 from teacher import CNNS, TEACHER_SIZE
 
 WITHOUT_EFFECT = ("teacher", "beta", "reduction", "guide_epochs")  # where there is no guidance
@@ -73,7 +73,7 @@ def parse(argv, recipes):
     add("--out", metavar="DIR", help="its folder (default: runs/<dataset>-<model>-<schedule>-seed<seed>)")
     add("--resume", action="store_true", help="continue after the last whole epoch")
     args = parser.parse_args(argv)
-    args.command = shlex.join(["python", "train.py", *argv])
+    args.command = quoted(["python", "train.py", *argv])
     idle = [f"--{key.replace('_', '-')}" for key in WITHOUT_EFFECT if getattr(args, key) is not None]
     fill_in(args, recipes)
     check(args, parser.error)
@@ -173,7 +173,9 @@ def command_line(program):
 def in_one_line(error):
     """What a user can do about an error of Python's or torch's; raised again if nobody knows."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
+        "allocate memory|out of memory", str(error)
+    ):
         return f"out of memory ({reason}); choose a smaller --batch-size or --image-size, and another --out"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({reason}); try again with --no-compile"

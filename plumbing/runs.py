@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import shlex
 import signal
@@ -121,7 +122,7 @@ def begin(args):
             f"{last} was begun by an older train.py, with other learning rates: start another "
             "--out, or finish it with that version"
         )
-    free = ("resume", "out", "data", "device", "command")
+    free = ("resume", "out", "data", "device", "compile", "command")
     other = [
         f"{key} was {value}, is {getattr(args, key, None)}"
         for key, value in state["args"].items()
@@ -344,6 +345,11 @@ def show_result(args, history):
     )
 
 
+def quoted(words):
+    """A command that can be pasted into a shell; on Windows into cmd and PowerShell."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
 class Interrupted(KeyboardInterrupt):
     """A SIGTERM, from a cluster's scheduler or torchrun: it ends a run as Ctrl-C does."""
 
@@ -363,8 +369,10 @@ def interruptible(args, processes):
         # torchrun sends a SIGTERM as soon as another process has failed: the reason is to be told first
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if isinstance(reason, KeyboardInterrupt) and processes.rank == 0:
-            words = [word for word in shlex.split(args.command)[1:] if word != "--resume"]
+            words = [word for word in sys.argv if word != "--resume"]
             words += ["--resume"] * Path(args.out, "log.jsonl").exists()
-            program = f"torchrun --nproc_per_node={processes.count}" if processes.count > 1 else "python"
-            print(f"\nstopped; to go on: {program} {shlex.join(words)}", file=sys.stderr)
+            program = (
+                ["torchrun", f"--nproc_per_node={processes.count}"] if processes.count > 1 else ["python"]
+            )
+            print(f"\nstopped; to go on: {quoted(program + words)}", file=sys.stderr)
         raise
