@@ -4,6 +4,7 @@ Usage:
     python bench.py                        --amp and --compile, guidance, CNNs; on a GPU if there is one
     python bench.py --amp --compile        one way to train
     python bench.py --rows inputs models   beside timm, torchvision and Pillow in workers (pip install timm)
+    python bench.py --rows cost            what a step costs on a GPU, counted without one
 
 An epoch is augmentation, forward, backward and update of all its batches, synchronised at both ends. Rows of one
 kind are timed in turns (A B C A B C) after a warm-up; shown are the median, the fastest and the slowest. What the
@@ -31,15 +32,15 @@ from data import Data
 from guidance import Guidance
 from model import TRANSFORMERS
 from plumbing import usual
-from plumbing.counting import flops
-from plumbing.devices import Processes, pick_compile, pick_device, to_device
+from plumbing.counting import META, Counter, as_on_gpu, count_step, flops
+from plumbing.devices import Processes, make_precision, pick_compile, pick_device, to_device
 from plumbing.files import InputError, write_whole
 from plumbing.options import Options, command_line
 from plumbing.runs import build, origin_of
 from teacher import load_teacher, resnet56
 from train import make_optimizer, train_epoch
 
-KINDS = ["ladder", "guidance", "networks", "one", "inputs", "models"]
+KINDS = ["ladder", "guidance", "networks", "one", "inputs", "models", "cost"]
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bfloat16, dense, from the data sheets
 TIMED = {  # title: how a line's figures are shown
     "images/s": "{images_per_second:,.0f}",
@@ -50,6 +51,7 @@ TIMED = {  # title: how a line's figures are shown
     "MB": "{memory_mb:,.0f}",
     "set-up, s": "{setup_seconds:,.0f}",
 }
+COUNTED = {"launches": "{launches:,}", "bytes": "{bytes:,}", "FLOP": "{flops:,}"}
 
 
 class Row(NamedTuple):
@@ -195,6 +197,28 @@ def models(args, data, device):
     yield from timed({name: training(timms, loader, fused=False)}, args.images, args, device)
 
 
+def cost():
+    """A step of DeiT-tiny with 128 images of 224 px in bfloat16, eager, counted; and timm's in the usual loop."""
+    x, y = torch.zeros(3072, 3, 32, 32, dtype=torch.uint8, device=META), torch.zeros(3072, device=META).long()
+    batch = torch.zeros(128, 3, 224, 224, device=META), y[:128]
+    with as_on_gpu():
+        precision = make_precision(META, torch.bfloat16)
+        with Counter() as counter:
+            steps = len(list(batches(x, y, 128, 224, torch.Generator().manual_seed(0))))
+        counts = {"augmentation": {name: round(count / steps) for name, count in counter.read().items()}}
+        for name, beta in (("alone", 0.0), ("guided", 2.5)):
+            ours = networks(Row(name, "deit_tiny", 224, beta=beta), 16, META)
+            counts[name] = count_step(lambda steps: train_epoch(*ours, steps, beta, precision), batch)
+        if find_spec("timm"):
+            timms = usual.deit_tiny().to(META)
+            optimizer = torch.optim.AdamW(timms.parameters(), foreach=True)  # as is the default on a GPU
+            training = lambda steps: usual.train_epoch(timms, optimizer, steps, precision, META)  # noqa: E731
+            counts["timm"] = count_step(training, batch)
+        else:
+            print("timm is not installed, and its row left out (pip install timm)")
+    return [dict(name=name, **count) for name, count in counts.items()]
+
+
 def parse(argv=None):
     """The options; those that depend on the device get their values in `main`."""
     parser = Options(prog="bench.py", description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -230,7 +254,9 @@ def parse(argv=None):
 def lines(args, data, device, rate):
     """Measures the rows asked for, one kind after the other."""
     for kind in args.rows:
-        if kind in ("inputs", "models"):
+        if kind == "cost":
+            yield from cost()
+        elif kind in ("inputs", "models"):
             yield from (inputs if kind == "inputs" else models)(args, data, device)
         else:
             yield from train_rows(rows_of(kind, args, device), args, data, device, rate)
@@ -238,8 +264,8 @@ def lines(args, data, device, rate):
 
 def show(table):
     """Prints the last line of a table as a row, `-` where it lacks a figure, and titles where other ones begin."""
-    columns = TIMED
-    if len(table) == 1:
+    columns, *before = [COUNTED if "launches" in line else TIMED for line in table[::-1][:2]]
+    if columns not in before:
         print(f"\n| | {' | '.join(columns)} |\n|---|{'--:|' * len(columns)}")
     cells = [table[-1]["name"]]
     for form in columns.values():
@@ -260,14 +286,15 @@ def main():
     if not steps:
         raise InputError(f"--images {args.images} does not fill a batch of {args.batch_size}; choose more")
     args.images = steps * args.batch_size
-    origin, table = origin_of(args, device), []
-    rate, rate_in_words = peak(device, args)
-    origin |= dict(full_rate=rate, full_rate_is=rate_in_words)
-    print(
-        f"{args.model} at {args.image_size} px, {steps} steps of {args.batch_size} images an epoch, median "
-        f"of {args.repeats}\n{origin['hardware']}, torch {origin['torch']}: {in_words}; "
-        f"{pick_compile(args.compile, device, 300 * steps)[1]}\nfull rate: {rate_in_words}"
-    )
+    origin, rate, table = origin_of(args, device), None, []
+    if args.rows != ["cost"]:
+        rate, rate_in_words = peak(device, args)
+        origin |= dict(full_rate=rate, full_rate_is=rate_in_words)
+        print(
+            f"{args.model} at {args.image_size} px, {steps} steps of {args.batch_size} images an epoch, median "
+            f"of {args.repeats}\n{origin['hardware']}, torch {origin['torch']}: {in_words}; "
+            f"{pick_compile(args.compile, device, 300 * steps)[1]}\nfull rate: {rate_in_words}"
+        )
     x = torch.randint(256, (args.images, 3, 32, 32), dtype=torch.uint8).to(device)
     y = torch.randint(100, (args.images,)).to(device)
     for line in lines(args, Data(x, y, x, y, 100), device, rate):
