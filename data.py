@@ -38,6 +38,7 @@ class Data(NamedTuple):
     y_test: torch.Tensor
     num_classes: int
     about: dict = {}
+    test_names: list = []  # of the test images, where they have any
 
 
 class Source(NamedTuple):
@@ -92,11 +93,23 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
         test=source.splits["train" if held_out is not None else split][2],
         held_out=held_out,
     )
+    names = names_of(source, "train" if held_out is not None else split, num_classes)
     if held_out is not None:
         held = hold_out(parts[1], held_out)
         parts = [parts[0][~held], parts[1][~held], parts[0][held], parts[1][held]]
+        names = [name for name, is_held in zip(names, held) if is_held]
     report_copies(name, parts)
-    return Data(*(part.to(device) for part in parts), num_classes, about)
+    return Data(*(part.to(device) for part in parts), num_classes, about, names)
+
+
+def names_of(source, split, num_classes):
+    """The names of a split's images of the first classes: of its files, or numbers where there are none."""
+    labels = source.splits[split][1]
+    names = [str(i) for i in range(len(labels))]
+    if source.files:  # "split/class/name size time", split by split in the order of the images
+        start = sum(len(part[1]) for part in list(source.splits.values())[: list(source.splits).index(split)])
+        names = [line.rsplit(" ", 2)[0] for line in source.files[start : start + len(labels)]]
+    return [name for name, label in zip(names, labels) if label < num_classes]
 
 
 def report_copies(name, parts):

@@ -157,7 +157,9 @@ def decode(listing):
 
     with ThreadPoolExecutor() as pool:
         side = min(STORED, int(np.median(list(pool.map(short_side, listing.splits["train"])))))
-    x, hashes = read_images([path for pairs in listing.splits.values() for path, _ in pairs], side)
+    paths = [path for pairs in listing.splits.values() for path, _ in pairs]
+    print(f"decoding {len(paths)} images to {side} x {side} pixels, once")
+    x, hashes = read_images(paths, side)
     result, start = {}, 0
     for split, pairs in listing.splits.items():
         y, part = np.array([y for _, y in pairs]), slice(start, start + len(pairs))
@@ -170,7 +172,6 @@ def decode(listing):
 
 def read_images(paths, side):
     """The middle squares of image files, uint8 (N, side, side, 3), and the hash of each file's bytes."""
-    print(f"decoding {len(paths)} images to {side} x {side} pixels, once")
     images, hashes, bad = np.empty((len(paths), side, side, 3), np.uint8), [None] * len(paths), []
 
     def read(i):

@@ -70,7 +70,7 @@ def restore(path):
 
 def describe(data):
     """What a checkpoint remembers of its data, so that it is never used with others, and can name the classes."""
-    return data.about | dict(num_classes=data.num_classes)
+    return data.about | dict(num_classes=data.num_classes, side=data.x_train.shape[-1])
 
 
 def initialise(network, path):
@@ -92,7 +92,7 @@ def initialise(network, path):
     )
 
 
-def check_data(path, was, data):
+def check_data(path, was, data, but_for=()):
     """Refuses a checkpoint that was trained on other data than these, and says what differs."""
     now = describe(data)
     if "train" not in was:
@@ -110,7 +110,7 @@ def check_data(path, was, data):
     other = [
         f"{word} ({was[key]}, now {now[key]})" if key in ("dataset", "num_classes", "held_out") else word
         for key, word in words.items()
-        if was.get(key) != now.get(key)
+        if was.get(key) != now.get(key) and key not in but_for
     ]
     if other:
         raise InputError(
