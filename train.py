@@ -25,7 +25,7 @@ from guidance import AdaptiveStop, Guidance, beta_at
 from model import TRANSFORMERS
 from plumbing import options, runs
 from plumbing.devices import Processes, join_processes, pick_compile, pick_device, to_device
-from plumbing.files import explained
+from plumbing.files import InputError, explained
 from teacher import CNNS, TEACHER_SIZE, ResNet
 
 DEFAULTS = {  # of the options, by recipe: "paper" is exactly that of the LG code, "small" its like for a CPU
@@ -137,12 +137,15 @@ def trained_teacher(args):
         return Path(args.teacher)
     theirs = options.of_teacher(args, RECIPES)
     path = Path(theirs.out, "last.pt")
+    if path.parent.resolve() == Path(args.out).resolve():  # it would wait for itself
+        raise InputError(f"{args.out} is the folder of the teacher: choose another --out")
     if not runs.is_finished(path):
         with runs.locked(path.parent, wait=True):
             if runs.is_finished(path):  # by the process that was waited for
                 return path
             if path.exists():  # continued as it was begun
-                vars(theirs).update(runs.load_checkpoint(path)["args"], device=args.device, data=args.data)
+                begun = runs.load_checkpoint(path)["args"]
+                vars(theirs).update(begun, device=args.device, data=args.data, out=theirs.out)
             theirs.resume = path.exists() or path.with_name("log.jsonl").exists()
             print(f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs")
             train(theirs)
