@@ -1,4 +1,4 @@
-"""What several test files share: small data sets, the command line as a function and as a process, runs' files.
+"""What several test files share: small data sets, the command line as function and as process, runs' files.
 
 Import the functions with `from conftest import ...`; pytest finds the fixtures by itself.
 """
