@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from plumbing.files import InputError
 from teacher import CNNS, ResNet
 
+SELECTOR = "pytorch.org/get-started/locally"
+
 
 class Precision(NamedTuple):
     """PyTorch's idiom of mixed precision; in float32 both do nothing."""
@@ -39,23 +41,63 @@ def pick_device(name, amp):
     Returns:
         The device, the `Precision`, and both with their reasons in words.
     """
-    why, why_precision = "as asked", "the default on this device" if amp is None else "as asked"
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        why = "no GPU was found" if name == "cpu" else "a GPU was found"
-    try:
-        device = torch.zeros(1, device=name).device
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("it is not cpu, cuda or mps")
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} does not work here ({reason}); leave it out") from error
+    device, why = open_device(name)
+    dtype, why_dtype = pick_dtype(device, amp)
     if device.type == "cpu":
         keep_freed_memory()
-    amp = device.type == "cuda" if amp is None else amp
-    kind = "bfloat16 autocast" if amp else "float32"
-    precision = make_precision(device, torch.bfloat16 if amp else torch.float32)
-    return device, precision, f"{device} ({why}); {kind} ({why_precision})"
+    if device.type == "cuda" and dtype == torch.float32:
+        torch.set_float32_matmul_precision("high")  # TF32: the matrix units round, sums stay in float32
+    kind = "float32" if dtype == torch.float32 else f"{str(dtype).removeprefix('torch.')} autocast"
+    return device, make_precision(device, dtype), f"{device} ({why}); {kind} ({why_dtype})"
+
+
+def open_device(name):
+    """The device of that name, tried out, and why it was taken; for "auto" the first one that works."""
+    if name != "auto":
+        try:
+            return try_out(name), "as asked"
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(
+                f"--device {name} does not work here ({first_line(error)}); leave it out, or choose a "
+                f"PyTorch for your GPU by the selector at {SELECTOR}"
+            ) from error
+    for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+        if there:
+            try:
+                return try_out(kind), "a GPU was found"
+            except RuntimeError as error:  # too old for this PyTorch, in use by another program, or broken
+                return torch.device("cpu"), (
+                    f"the GPU does not work: {first_line(error)}; the selector at {SELECTOR} "
+                    "may have a PyTorch for it"
+                )
+    if sys.platform == "win32" and not torch.version.cuda:  # what pip installs there by default
+        return torch.device("cpu"), f"this PyTorch is for CPUs only; for an NVIDIA GPU see {SELECTOR}"
+    return torch.device("cpu"), "no GPU was found"
+
+
+def try_out(name):
+    """The device, after a sum on it: one that is too old for this PyTorch is seen, but computes nothing."""
+    device = torch.ones(2, device=name).device
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise RuntimeError("it is not cpu, cuda or mps")
+    torch.ones(2, device=device).sum().item()
+    return device
+
+
+def pick_dtype(device, amp):
+    """The precision of matrix products, and why. Without bfloat16 units (compute capability 8.0) a GPU emulates
+    bfloat16, slowly; what it has is float16, whose gradients need scaling."""
+    why = "the default on this device" if amp is None else "as asked"
+    if not (device.type == "cuda" if amp is None else amp):
+        return torch.float32, why
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16, f"{why}; this GPU has no bfloat16"
+    return torch.bfloat16, why
+
+
+def first_line(error):
+    """What an error says, without the advice and the stack below it."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def keep_freed_memory():
@@ -67,8 +109,9 @@ def keep_freed_memory():
 
 
 def to_device(network, device):
-    """Moves a network. Convolutions are faster where the channels of a pixel lie side by side."""
-    if isinstance(network, ResNet):
+    """Moves a network. Convolutions are faster where the channels of a pixel lie side by side; on Apple's GPUs they
+    were slower, and BatchNorm's gradients wrong, up to torch 2.13 (pytorch issues 193349, 175189, 181411)."""
+    if isinstance(network, ResNet) and device.type != "mps":
         return network.to(device, memory_format=torch.channels_last)
     return network.to(device)
 
