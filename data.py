@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision import datasets
 
-from plumbing.files import InputError, write_whole
+from plumbing.files import InputError, explained, write_whole
 from plumbing.images import STORED, Listing, decode, find_images, stamps
 
 CLASSES = {"glyphs": 10, "cifar10": 10, "cifar100": 100, "flowers": 102, "chaoyang": 4, "folder": None}
@@ -173,7 +173,7 @@ def read_cache(path, name):
         return None
     try:
         with np.load(path, allow_pickle=False) as file:  # a pickle could run anything
-            splits = [split for split in ("train", "test", "other") if f"x_{split}" in file] or ["train"]
+            splits = ["train", *(split for split in ("test", "other") if f"x_{split}" in file)]
             arrays = [(file[f"x_{split}"], file[f"y_{split}"]) for split in splits]
             known = {key: file[key].tolist() for key in ("class_names", "digests", "files") if key in file}
     except Exception as error:  # damaged, pickled, too large, no zip file: numpy raises many things
@@ -181,6 +181,11 @@ def read_cache(path, name):
     num_classes = check(arrays, CLASSES[name] or len(known.get("class_names", ())) or None, path)
     digests = known.get("digests") or [digest(x, y) for x, y in arrays]
     class_names = known.get("class_names") or [f"class {k}" for k in range(num_classes)]
+    if (len(class_names), len(digests)) != (num_classes, len(splits)):
+        raise InputError(
+            f"{path} holds {len(class_names)} class_names for {num_classes} classes and {len(digests)} "
+            f"digests for {len(splits)} splits. Delete it to have it made again"
+        )
     return Source(
         {s: (*pair, d) for s, pair, d in zip(splits, arrays, digests)}, class_names, known.get("files")
     )
@@ -239,9 +244,12 @@ def flowers(root):
     for splits in (("train", "val"), ("test",)):
         x, y = [], []
         for split in splits:
-            for image, label in fetch(datasets.Flowers102, root, "flowers", split):
-                x.append(np.asarray(ImageOps.fit(image, (STORED, STORED), Image.Resampling.BICUBIC)))
-                y.append(label)
+            with explained(
+                "cannot decode flowers", f"delete {root}/flowers-102 and run the same command again"
+            ):
+                for image, label in fetch(datasets.Flowers102, root, "flowers", split):
+                    x.append(np.asarray(ImageOps.fit(image, (STORED, STORED), Image.Resampling.BICUBIC)))
+                    y.append(label)
         arrays.append((np.stack(x), np.array(y)))
     names = [f"class {k}" for k in range(CLASSES["flowers"])]
     return Source({s: (*pair, digest(*pair)) for s, pair in zip(("train", "test"), arrays)}, names)

@@ -67,7 +67,8 @@ def find_images(root):
         [f"left out: {kinds} (used: files that Pillow reads, in a folder for each class)"] if kinds else []
     )
     classes = check_classes(folders, images, notes)
-    splits = {s: [(path, y) for y, name in enumerate(classes) for path in images[s][name]] for s in folders}
+    splits = [split for split in ("train", "val", "test") if split in folders]
+    splits = {s: [(path, y) for y, name in enumerate(classes) for path in images[s][name]] for s in splits}
     return Listing(top, classes, splits, notes)
 
 

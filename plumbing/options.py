@@ -40,7 +40,8 @@ def parse(argv, recipes):
     add_options(parser, recipes)
     args = parser.parse_args(argv)
     args.command = quoted(["python", "train.py", *argv])
-    idle = [f"--{key.replace('_', '-')}" for key in WITHOUT_EFFECT if getattr(args, key) is not None]
+    given = [key for key in WITHOUT_EFFECT if getattr(args, key) is not None]
+    idle = [f"--{key.replace('_', '-')}" for key in given if key != "beta" or args.beta]
     if args.resume:  # what is not given is as it was; what is given and differs is refused by `begin`
         begun = argparse.Namespace(**vars(args))
         fill_in(begun, recipes)

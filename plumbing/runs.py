@@ -178,7 +178,8 @@ def begin(args):
         if value != getattr(args, key, None) and key not in free
     ]
     if other:
-        raise InputError(f"{last} was made with other options: {'; '.join(other)}; choose the same")
+        longer = f", or start a longer run from its weights with --init {last}" * ("epochs was" in str(other))
+        raise InputError(f"{last} was made with other options: {'; '.join(other)}; choose the same{longer}")
     if "teacher" in state["origin"]:  # known by its weights, wherever it lies now
         path = Path(state["origin"]["teacher"] if args.teacher in CNNS else args.teacher)
         if args.teacher in CNNS and args.teacher != state["args"]["teacher"] or not path.is_file():
