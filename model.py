@@ -117,7 +117,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images):
         """images (B, 3, S, S) -> logits (B, num_classes), features: a (B, D, grid, grid) per guided block."""
-        B, size = len(images), self.image_size
+        B, size = images.shape[0], self.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"expected images of shape (B, 3, {size}, {size}), got {tuple(images.shape)}")
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, N, D)

@@ -4,7 +4,7 @@ import glob
 import io
 import os
 import platform
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -37,7 +37,8 @@ def write_whole(path, save):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f"{glob.escape(ours)}.*.partial"):
-            if has_ended(int(left.suffixes[-2][1:])):  # killed while it wrote
+            pid = left.name[len(ours) + 1 : -len(".partial")]
+            if pid.isdigit() and has_ended(int(pid)):  # killed while it wrote
                 left.unlink(missing_ok=True)
         with open(partial, "wb") as file:
             save(file)
@@ -47,7 +48,8 @@ def write_whole(path, save):
     except OSError as error:
         raise InputError(f"cannot write {path} ({error}); free space or choose another folder") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it was renamed, or could not be made
+            partial.unlink()
 
 
 def has_ended(pid):
@@ -65,7 +67,10 @@ def has_ended(pid):
 def write_tensors(path, state):
     """Writes a dictionary with torch.save; by way of memory, so that only the disk's own errors are the disk's."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    try:
+        torch.save(state, buffer)
+    except RuntimeError as error:
+        raise error.__context__ or error  # out of memory, it fails again while it closes the file
     write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 

@@ -67,7 +67,8 @@ def find_images(root):
         [f"left out: {kinds} (used: files that Pillow reads, in a folder for each class)"] if kinds else []
     )
     classes = check_classes(folders, images, notes)
-    splits = {s: [(path, y) for y, name in enumerate(classes) for path in images[s][name]] for s in folders}
+    splits = [split for split in ("train", "val", "test") if split in folders]
+    splits = {s: [(path, y) for y, name in enumerate(classes) for path in images[s][name]] for s in splits}
     return Listing(top, classes, splits, notes)
 
 
@@ -157,7 +158,9 @@ def decode(listing):
 
     with ThreadPoolExecutor() as pool:
         side = min(STORED, int(np.median(list(pool.map(short_side, listing.splits["train"])))))
-    x, hashes = read_images([path for pairs in listing.splits.values() for path, _ in pairs], side)
+    paths = [path for pairs in listing.splits.values() for path, _ in pairs]
+    print(f"decoding {len(paths)} images to {side} x {side} pixels, once")
+    x, hashes = read_images(paths, side)
     result, start = {}, 0
     for split, pairs in listing.splits.items():
         y, part = np.array([y for _, y in pairs]), slice(start, start + len(pairs))
@@ -170,7 +173,6 @@ def decode(listing):
 
 def read_images(paths, side):
     """The middle squares of image files, uint8 (N, side, side, 3), and the hash of each file's bytes."""
-    print(f"decoding {len(paths)} images to {side} x {side} pixels, once")
     images, hashes, bad = np.empty((len(paths), side, side, 3), np.uint8), [None] * len(paths), []
 
     def read(i):

@@ -4,6 +4,8 @@ import argparse
 import os
 import re
 import sys
+from pathlib import Path
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from data import CLASSES
 from guidance import beta_at
 from model import TRANSFORMERS
 from plumbing.files import InputError
-from plumbing.runs import Interrupted, build, quoted
+from plumbing.runs import Interrupted, build, quoted, saved_options
 from teacher import CNNS, TEACHER_SIZE
 
 WITHOUT_EFFECT = ("teacher", "beta", "reduction", "guide_epochs")  # where there is no guidance
@@ -35,10 +37,30 @@ def parse(argv, recipes):
     parser = Options(
         prog="train.py", description="Trains a transformer, guided or alone, or a ResNet.", allow_abbrev=False
     )
+    add_options(parser, recipes)
+    args = parser.parse_args(argv)
+    args.command = quoted(["python", "train.py", *argv])
+    given = [key for key in WITHOUT_EFFECT if getattr(args, key) is not None]
+    idle = [f"--{key.replace('_', '-')}" for key in given if key != "beta" or args.beta]
+    if args.resume:  # what is not given is as it was; what is given and differs is refused by `begin`
+        begun = argparse.Namespace(**vars(args))
+        fill_in(begun, recipes)
+        for key, value in saved_options(begun.out).items():
+            if key in vars(args) and getattr(args, key) is None and key != "device":
+                setattr(args, key, value)
+    fill_in(args, recipes)
+    check(args, parser.error)
+    if idle and (args.schedule == "none" or args.beta == 0):  # loops over schedules share their options
+        print(f"note: without guidance, {', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect")
+    return args
+
+
+def add_options(parser, recipes):
+    """The options of a run."""
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
     add("--recipe", choices=recipes, help="defaults of all the options (default: paper; for glyphs: glyphs)")
     add("--dataset", choices=CLASSES, help="glyphs is generated, the others are real (default: glyphs)")
-    add("--data", default="data", metavar="DIR", help="where data sets and their caches are (default: data)")
+    add("--data", metavar="DIR", help="where data sets and their caches are (default: data)")
     add("--classes", type=int, metavar="K", help="use the first K classes only, for a quick run")
     add(
         "--held-out",
@@ -66,27 +88,28 @@ def parse(argv, recipes):
     add("--image-size", type=int, help="pixels the model sees")
     add("--patch-size", type=int, help="pixels of a transformer's patch")
     add("--augment", choices=["strong", "weak"], help="strong: the reference recipe; weak: crop and flip")
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
+    add(
+        "--init",
+        metavar="FILE",
+        help="first weights: a last.pt, or timm's or torchvision's of the same network",
+    )
+    add("--seed", type=int, help="of weights, order and augmentation (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: auto)")
     add("--amp", action=on_off, help="bfloat16 autocast (default: on a CUDA GPU)")
     add("--compile", action=on_off, help="torch.compile (default: in a long run on a CUDA GPU)")
     add("--out", metavar="DIR", help="its folder (default: runs/<dataset>-<model>-<schedule>-seed<seed>)")
-    add("--resume", action="store_true", help="continue after the last whole epoch")
-    args = parser.parse_args(argv)
-    args.command = quoted(["python", "train.py", *argv])
-    idle = [f"--{key.replace('_', '-')}" for key in WITHOUT_EFFECT if getattr(args, key) is not None]
-    fill_in(args, recipes)
-    check(args, parser.error)
-    if idle and (args.schedule == "none" or args.beta == 0):  # loops over schedules share their options
-        print(f"note: without guidance, {', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect")
-    return args
+    add(
+        "--resume",
+        action="store_true",
+        help="continue after the last whole epoch, with the options of before",
+    )
 
 
 def fill_in(args, recipes):
     """Gives every option that was not given the value of its recipe."""
     if args.recipe is None:
         args.recipe = "glyphs" if args.dataset in (None, "glyphs") else "paper"
-    recipe = dict(recipes[args.recipe])
+    recipe = dict(recipes[args.recipe], seed=0, device="auto", data="data")
     if args.dataset not in (None, recipe["dataset"]):
         recipe["classes"] = None  # they belong to the recipe's own data set
     args.model = args.model or recipe["model"]
@@ -100,11 +123,19 @@ def fill_in(args, recipes):
         if not key.startswith("cnn_") and getattr(args, key) is None:
             setattr(args, key, value)
     if args.out is None:
-        parts = [args.dataset]
+        parts = [name_of(args.data) if args.dataset == "folder" else args.dataset]
         parts += [f"{args.classes}classes"] if args.classes else []
         parts += [f"heldout{args.held_out:g}"] if args.held_out else []
         parts += [args.model, *([args.schedule] if args.model in TRANSFORMERS else []), f"seed{args.seed}"]
         args.out = "runs/" + "-".join(parts)
+
+
+def name_of(folder):
+    """What runs on a folder of images are named after: no two folders have the same name."""
+    path = Path(folder).resolve()
+    if path.is_relative_to(Path.cwd()) and path != Path.cwd():
+        return "_".join(path.relative_to(Path.cwd()).parts)
+    return f"{path.name}-{crc32(str(path).encode('utf-8', 'surrogateescape')):08x}"
 
 
 def check(args, fail):

@@ -19,7 +19,6 @@ import PIL
 import torch
 import torchvision
 
-from data import fingerprint
 from guidance import beta_at
 from model import TRANSFORMERS
 from plumbing.files import InputError, explained, read_tensors, write_tensors, write_whole
@@ -69,13 +68,54 @@ def restore(path):
     return model, state
 
 
-def check_data(path, state, dataset, data):
-    """Refuses a checkpoint that was trained on other data."""
-    was, now = (state["args"]["dataset"], state["data"]), (dataset, fingerprint(data))
-    if was != now:
+def describe(data):
+    """What a checkpoint remembers of its data, so that it is never used with others, and can name the classes."""
+    return data.about | dict(num_classes=data.num_classes, side=data.x_train.shape[-1])
+
+
+def initialise(network, path):
+    """Gives a network its first weights from a checkpoint of ours, or from timm's or torchvision's state_dict of the
+    same network. Strictly, but for a head of another number of classes, which starts anew."""
+    state = read_tensors(path)
+    state = state.get("model", state)
+    with explained(f"{path} does not hold weights for this network", "choose another --init"):
+        ours = network.state_dict()
+        anew = [
+            name
+            for name in ("head.weight", "head.bias", "fc.weight", "fc.bias")
+            if name in ours and state[name].shape != ours[name].shape
+        ]
+        network.load_state_dict(state | {name: ours[name] for name in anew})
+    print(
+        f"first weights: {path}"
+        + (f"; {' and '.join(anew)} start anew, as the classes are others" if anew else "")
+    )
+
+
+def check_data(path, was, data, but_for=()):
+    """Refuses a checkpoint that was trained on other data than these, and says what differs."""
+    now = describe(data)
+    if "train" not in was:
         raise InputError(
-            f"{path} was trained on other data: {was[0]} {was[1]}, not {now[0]} {now[1]}; "
-            "choose another checkpoint, or the --data it was trained on"
+            f"{path} was made by an older train.py, which knew its data less well: train it again"
+        )
+    words = dict(
+        dataset="data set",
+        num_classes="number of classes",
+        class_names="classes",
+        held_out="part held out",
+        train="training images",
+        test="test images",
+    )
+    other = [
+        f"{word} ({was[key]}, now {now[key]})" if key in ("dataset", "num_classes", "held_out") else word
+        for key, word in words.items()
+        if was.get(key) != now.get(key) and key not in but_for
+    ]
+    if other:
+        raise InputError(
+            f"{path} was trained on other data; what differs: {', '.join(other)}. Choose another "
+            "checkpoint, or the --data it was trained on"
         )
 
 
@@ -103,6 +143,15 @@ def locked(folder, wait=False):
         yield
 
 
+def saved_options(out):
+    """The options that the run in a folder was begun with, or none."""
+    log, last = Path(out, "log.jsonl"), Path(out, "last.pt")
+    if last.exists():
+        return load_checkpoint(last)["args"]
+    with explained(f"{log} is damaged", "choose another --out"):
+        return json.loads(log.read_text().splitlines()[0])["args"] if log.exists() else {}
+
+
 def begin(args):
     """The checkpoint to go on from, or None; refuses to resume what is not there or was begun with other
     options, and to overwrite what is."""
@@ -122,22 +171,37 @@ def begin(args):
             f"{last} was begun by an older train.py, with other learning rates: start another "
             "--out, or finish it with that version"
         )
-    free = ("resume", "out", "data", "device", "compile", "command")
+    free = ("resume", "out", "data", "device", "compile", "command", "teacher")
     other = [
         f"{key} was {value}, is {getattr(args, key, None)}"
         for key, value in state["args"].items()
         if value != getattr(args, key, None) and key not in free
     ]
     if other:
-        raise InputError(f"{last} was made with other options: {'; '.join(other)}; choose the same")
+        longer = f", or start a longer run from its weights with --init {last}" * ("epochs was" in str(other))
+        raise InputError(f"{last} was made with other options: {'; '.join(other)}; choose the same{longer}")
+    if "teacher" in state["origin"]:  # known by its weights, wherever it lies now
+        path = Path(state["origin"]["teacher"] if args.teacher in CNNS else args.teacher)
+        if args.teacher in CNNS and args.teacher != state["args"]["teacher"] or not path.is_file():
+            raise InputError(
+                f"{last} was guided by {state['origin']['teacher']}: bring that file back, or say where "
+                "it is with --teacher"
+            )
+        if weights_crc(load_checkpoint(path)) != state["origin"]["teacher_crc"]:
+            raise InputError(f"{last} was guided by another teacher than {path} is now: bring that one back")
     return state
+
+
+def weights_crc(state):
+    """A checksum of a checkpoint's weights."""
+    return crc32(b"".join(tensor.numpy().tobytes() for tensor in state["model"].values()))
 
 
 class Folder:
     """What a run writes, and what its first line says of where it comes from."""
 
     def __init__(self, args, device, device_in_words, processes):
-        self.args, self.writes = args, processes.rank == 0
+        self.args, self.writes, self.processes = args, processes.rank == 0, processes.count
         self.last, self.log = Path(args.out, "last.pt"), Path(args.out, "log.jsonl")
         self.origin = origin_of(args, device) | dict(precision=device_in_words, processes=processes.count)
         if not self.log.exists():
@@ -152,41 +216,44 @@ class Folder:
     def save(self, training, data):
         """Writes checkpoint and log after an epoch."""
         if self.writes:
-            about = dict(origin=self.origin, data=fingerprint(data), args=vars(self.args))
+            about = dict(origin=self.origin, data=describe(data), args=vars(self.args))
             write_tensors(self.last, training.state_dict() | about)
         self.write_log(training.history)
 
     def count_steps(self, data):
-        """Steps in an epoch; the last partial batch is dropped."""
-        steps = len(data.x_train) // self.args.batch_size
-        if not steps:
+        """Images in a batch, less than asked for where there are fewer, and steps in an epoch."""
+        images = len(data.x_train)
+        batch_size = min(self.args.batch_size, images // self.processes * self.processes)
+        if not batch_size:
             raise InputError(
-                f"{len(data.x_train)} images do not fill one batch; choose a smaller --batch-size"
+                f"{images} training images cannot be shared by {self.processes} processes: use python"
             )
-        return steps
+        return batch_size, images // batch_size  # the last partial batch is dropped
 
     def open_teacher(self, path, data):
         """The frozen teacher of a file; refused if it does not fit the data."""
         state = load_checkpoint(path)
-        check_data(path, state, self.args.dataset, data)
+        check_data(path, state["data"], data)
         with explained(f"the teacher {path} cannot guide", "choose another --teacher"):
             teacher = load_teacher(state)
-        crc = crc32(b"".join(tensor.numpy().tobytes() for tensor in state["model"].values()))
         self.origin |= dict(
             teacher=str(path),
             teacher_model=state["args"]["model"],
             teacher_epochs=len(state["history"]),
-            teacher_crc=crc,
+            teacher_crc=weights_crc(state),
         )
         return teacher
 
-    def accept_teacher(self, accuracy, data):
-        """Takes the teacher's accuracy on the very tensors that it would guide with; refuses one at chance."""
+    def accept_teacher(self, confusion):
+        """Takes what the teacher makes of the very tensors that it would guide with, (K, K) counts; refuses one at
+        chance: on the mean over the classes, so that always answering the commonest one is chance too."""
         name, path, epochs = (self.origin[key] for key in ("teacher_model", "teacher", "teacher_epochs"))
-        chance = 100 * data.y_test.bincount().max().item() / len(data.y_test)  # always the commonest class
-        if accuracy < chance + 1:
+        accuracy, balanced = accuracies(confusion)
+        present = (confusion.sum(dim=1) > 0).sum().item()
+        if present > 1 and balanced < 100 / present + 1:
             raise InputError(
-                f"the teacher {path} is at chance ({accuracy:.1f}%): train it longer, or another"
+                f"the teacher {path} is at chance ({balanced:.1f}% on the mean over the classes): train "
+                "it longer, or another"
             )
         print(
             f"teacher: {name} of {path}, trained for {epochs} epochs; it gets {accuracy:.2f}% of the test "
@@ -196,12 +263,8 @@ class Folder:
 
     def resume(self, state, training, data):
         """Puts `training` where its checkpoint was."""
-        check_data(self.last, state, self.args.dataset, data)
+        check_data(self.last, state["data"], data)
         now, self.origin = self.origin, state["origin"]
-        if self.origin.get("teacher_crc") != now.get("teacher_crc"):
-            raise InputError(
-                f"{self.last} was guided by another teacher than {now['teacher']} is now: bring that one back"
-            )
         with explained(f"{self.last} is no whole state of a run", "start another --out"):
             training.load_state_dict(state)
         epoch = len(training.history)
@@ -213,20 +276,24 @@ class Folder:
 
     def announce(self, data, training, device_in_words):
         """Says what is about to be trained, with what, and how."""
-        args, steps = self.args, self.count_steps(data)
+        args, (batch_size, steps), images = self.args, self.count_steps(data), len(data.x_train)
         parameters = sum(p.numel() for p in training.model.parameters())
-        self.origin |= dict(parameters=parameters, steps=steps, data=fingerprint(data))
+        self.origin |= dict(parameters=parameters, steps=steps, data=describe(data))
         if training.projections and args.reduction == "relative":
             self.origin |= dict(guidance_scale=training.projections.scale.item())
             print(
-                f"unit of the guidance loss: {self.origin['guidance_scale']:.4g}, the mean square of the teacher's maps"
+                "unit of the guidance loss: {guidance_scale:.4g}, the mean square of the teacher's maps".format(
+                    **self.origin
+                )
             )
-        measured_on = "held-out" if args.held_out else "test"
+        measured_on = "test" if data.about.get("held_out") is None else "held-out"
+        unused = images % batch_size
         print(
-            f"data: {args.dataset}, {len(data.x_train)} training and {len(data.x_test)} {measured_on} images of "
-            f"{data.x_train.shape[-1]} px, {data.num_classes} classes\n"
+            f"data: {args.dataset}, {images} training and {len(data.x_test)} {measured_on} images of "
+            f"{data.x_train.shape[-1]} px, {data.num_classes} classes{imbalance(data)}\n"
             f"model: {args.model} at {args.image_size} px, {parameters:,} parameters\n"
-            f"training: {args.epochs} epochs of {steps} steps of {args.batch_size} images\n"
+            f"training: {args.epochs} epochs of {steps} steps of {batch_size} images"
+            f"{f', which leaves out {unused} images of each epoch' if 20 * unused > images else ''}\n"
             f"device: {device_in_words}\n"
             f"guidance: {guidance_in_words(args)}\n"
             f"log and checkpoint: {args.out}",
@@ -247,6 +314,22 @@ class Folder:
                 f"{line['loss_cls']}, loss_guidance {line['loss_guidance']}, beta {line['beta']:.3f}, lr {line['lr']:.2e}; "
                 f"{self.last} keeps the epoch before; try another --out with a lower --lr or --no-amp"
             )
+
+
+def accuracies(confusion):
+    """Accuracy and its mean over the classes that occur, in %, of (K, K) counts: true class, predicted class."""
+    right, of = confusion.diag().double(), confusion.sum(dim=1).double()
+    return 100 * (right.sum() / of.sum()).item(), 100 * (right / of).nanmean().item()
+
+
+def imbalance(data):
+    """In words, where there are more than twice as many training images of one class as of another."""
+    counts = data.y_train.bincount(minlength=data.num_classes).tolist()
+    if max(counts) <= 2 * min(counts):
+        return ""
+    names = data.about.get("class_names") or [f"class {k}" for k in range(data.num_classes)]
+    most, least = (f"{pick(counts)} of {names[counts.index(pick(counts))]!r}" for pick in (max, min))
+    return f" (from {least} to {most})"
 
 
 def origin_of(args, device):
@@ -289,6 +372,7 @@ class Progress:
         self.started = time.perf_counter()
 
     def __iter__(self):
+        images = 0
         for step, batch in enumerate(self.batches):  # `step` of them have been trained on
             if self.epoch == 0 and step in (1, 4):
                 if self.device.type != "cpu":
@@ -298,13 +382,16 @@ class Progress:
                 else:
                     self.project((time.perf_counter() - warm) / 3)
             if sys.stdout.isatty() and step:
-                speed = step * self.args.batch_size / (time.perf_counter() - self.started)
+                speed = images / self.seconds()
                 print(
                     f"epoch {self.epoch}, step {step} of {self.steps}: {speed:.0f} images/s",
                     end="  \r",
                     flush=True,
                 )
             yield batch
+            images += len(batch[1])
+        if self.epoch == 0 and self.steps < 5:
+            self.project(self.seconds() / self.steps)
 
     def project(self, seconds_a_step):
         """Says how long the run will take."""

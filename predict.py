@@ -1,0 +1,156 @@
+"""Uses a trained network: names what is in images, or measures it class by class.
+
+Usage:
+    python predict.py runs/photos-deit_mini-early-seed0/last.pt cat.jpg more/*.png
+    python predict.py runs/photos-deit_mini-early-seed0/last.pt                  on the images it was measured on
+    python predict.py LAST.pt --split test --csv predictions.csv --figure confusion.png
+
+To name images, a checkpoint is all it takes: it holds the class names and how images were prepared.
+"""
+
+import csv
+import glob
+import io
+import sys
+from pathlib import Path
+
+import torch
+
+from augment import prepare
+from data import load
+from plumbing.devices import pick_device, to_device
+from plumbing.files import InputError, write_whole
+from plumbing.images import read_images
+from plumbing.options import Options, command_line
+from plumbing.runs import accuracies, check_data, restore
+
+
+@torch.no_grad()
+def probabilities(model, images, image_size, precision):
+    """uint8 images (N, 3, S, S), prepared as test images are -> (N, K) on the CPU; rows sum to 1."""
+    model.eval()
+    found = []
+    for part in images.split(500):
+        with precision.autocast:
+            logits, _ = model(prepare(part, image_size))
+        found.append(logits.float().softmax(dim=1).cpu())
+    return torch.cat(found)
+
+
+def open_images(patterns, side):
+    """Files, also as patterns such as *.jpg -> their paths, and uint8 images (N, 3, side, side)."""
+    paths = []
+    for pattern in patterns:  # cmd and PowerShell leave patterns to the program
+        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
+        paths += [Path(name) for name in found if Path(name).is_file()]
+        if not found or Path(pattern).is_dir():
+            raise InputError(
+                f"there is no image file {pattern}; name files, or a pattern such as folder/*.jpg"
+            )
+    images, _ = read_images(paths, side)
+    return paths, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def name_images(found, paths, names, top):
+    """Prints the likeliest classes of every image."""
+    for path, (values, classes) in zip(paths, zip(*found.topk(min(top, len(names))))):
+        likely = ", ".join(f"{names[k]} {100 * p:.1f}%" for p, k in zip(values.tolist(), classes.tolist()))
+        print(f"{path}: {likely}")
+
+
+def tell_by_class(confusion, names):
+    """Prints accuracy and a table: for every class its images, how many are right, what it is mostly taken for."""
+    accuracy, balanced = accuracies(confusion)
+    print(f"accuracy {accuracy:.2f}%, balanced accuracy {balanced:.2f}% (the mean over the classes)")
+    print(f"{'class':<24} {'images':>7} {'right':>7}  most often taken for")
+    for k, name in enumerate(names):
+        total, right = confusion[k].sum().item(), confusion[k, k].item()
+        wrong = confusion[k].clone()
+        wrong[k] = 0
+        taken_for = f"{names[wrong.argmax()]} ({wrong.max().item()})" if wrong.any() else "-"
+        print(f"{name:<24} {total:>7} {f'{100 * right / total:.1f}%' if total else '-':>7}  {taken_for}")
+
+
+def write_csv(path, paths, truth, predicted, found):
+    """A line for every image: its name, its class where that is known, what it is taken for, how surely."""
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["image", "truth", "prediction", "probability"])
+    for row in zip(paths, truth, predicted, found.amax(dim=1).tolist()):
+        writer.writerow([str(row[0]), row[1], row[2], f"{row[3]:.4f}"])
+    write_whole(path, lambda file: file.write(table.getvalue().encode("utf-8", "surrogateescape")))
+    print(path)
+
+
+def parse(argv=None):
+    """The command line."""
+    parser = Options(
+        prog="predict.py", description="Names what is in images, or measures a network class by class."
+    )
+    add = parser.add_argument
+    add("checkpoint", help="a run's last.pt")
+    add("images", nargs="*", help="image files; without any, the images that the run measured itself on")
+    add("--top", type=int, default=3, help="how many classes to name (default: 3)")
+    add(
+        "--split",
+        choices=["val", "test"],
+        default="val",
+        help="test: of a folder with val/ and test/, the latter",
+    )
+    add("--data", metavar="DIR", help="where its data set is now (default: where it was trained)")
+    add("--csv", metavar="FILE", help="write image, truth, prediction, probability")
+    add("--figure", metavar="FILE", help="draw the confusion matrix (needs matplotlib)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
+    args = parser.parse_args(argv)
+    if args.images and (args.figure or args.split == "test"):
+        parser.error("--figure and --split are about a data set: name no images with them")
+    if args.top < 1:
+        parser.error(f"--top must be at least 1, not {args.top}")
+    return args
+
+
+def main():
+    """The command line."""
+    args = parse()
+    model, state = restore(args.checkpoint)
+    theirs, about = state["args"], state["data"]
+    names = about.get("class_names") or [f"class {k}" for k in range(about["num_classes"])]
+    device, precision, _ = pick_device(args.device, None)
+    model = to_device(model, device)
+    if args.images:
+        if "side" not in about:
+            raise InputError(
+                f"{args.checkpoint} was made by an older train.py and lacks image sizes: train it again"
+            )
+        paths, images = open_images(args.images, about["side"])
+        found = probabilities(model, images.to(device), theirs["image_size"], precision)
+        name_images(found, paths, names, args.top)
+        truth = [""] * len(paths)
+    else:
+        split = "other" if args.split == "test" else "test"
+        data = load(
+            theirs["dataset"],
+            args.data or theirs["data"],
+            theirs["classes"],
+            device,
+            about["held_out"],
+            split,
+        )
+        check_data(args.checkpoint, about, data, but_for=["test"] * (split == "other"))
+        found = probabilities(model, data.x_test, theirs["image_size"], precision)
+        paths, truth = data.test_names, [names[k] for k in data.y_test.tolist()]
+        pairs = data.num_classes * data.y_test.cpu() + found.argmax(dim=1)
+        confusion = pairs.bincount(minlength=data.num_classes**2).view(data.num_classes, data.num_classes)
+        print(f"{args.checkpoint}: {theirs['model']}, {len(state['history'])} epochs, on {len(truth)} images")
+        tell_by_class(confusion, names)
+        if args.figure:
+            from plot import confusion as draw  # which needs matplotlib
+
+            draw(confusion.numpy(), names, Path(args.figure))
+    if args.csv:
+        write_csv(args.csv, paths, truth, [names[k] for k in found.argmax(dim=1).tolist()], found)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
+    command_line(main)

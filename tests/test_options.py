@@ -1,0 +1,359 @@
+"""The command line: what options default to, what is refused, and how a program ends."""
+
+import multiprocessing
+import os
+import re
+import runpy
+import shutil
+import signal
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import HERE, command, easy_cache, small_cache, small_tree
+
+import train
+from plumbing import options, runs
+from plumbing.files import InputError
+
+FEW = ("--dataset", "cifar10", "--model", "resnet8", "--epochs", "4", "--batch-size", "16")  # on easy_cache
+RESUME = (*FEW, "--out", "run", "--resume")
+TAUGHT = (
+    *("--dataset", "cifar10", "--image-size", "32", "--patch-size", "8", "--model", "deit_mini"),
+    *("--batch-size", "16", "--teacher", "run/last.pt", "--out", "student"),
+)
+FOLDER = ("--dataset", "folder", "--data", "set", "--model", "resnet8", "--epochs", "1")
+
+# ------------------------------------------------------------------------------------------------ defaults
+
+
+def test_every_option_has_a_value_of_its_recipe_and_a_given_one_wins():
+    for argv, recipe, row in (
+        ([], "glyphs", "deit_mini 64 26 32 0.003"),
+        (["--model", "resnet8"], "glyphs", "resnet8 32 5 64 0.1"),
+        (["--dataset", "flowers"], "paper", "deit_tiny 224 300 128 0.0005"),
+        (["--dataset", "flowers", "--model", "resnet56"], "paper", "resnet56 32 300 128 0.1"),
+        (["--dataset", "flowers", "--model", "resnet18"], "paper", "resnet18 224 300 128 0.1"),
+        (["--recipe", "small", "--dataset", "flowers", "--epochs", "7"], "small", "deit_mini 32 7 64 0.001"),
+    ):
+        args = train.parse(argv)
+        assert args.recipe == recipe
+        assert f"{args.model} {args.image_size} {args.epochs} {args.batch_size} {args.lr}" == row, argv
+        assert {key for key, value in vars(args).items() if value is None} <= {
+            *("classes", "held_out", "guide_epochs", "init"),  # none, none, by the schedule, none
+            *("amp", "compile"),  # decided where the device is known
+        }
+
+
+def test_a_recipes_few_classes_belong_to_its_own_data_set():
+    assert train.parse(["--recipe", "small"]).classes == 20
+    assert train.parse(["--recipe", "small", "--dataset", "cifar100"]).classes == 20
+    assert train.parse(["--recipe", "small", "--dataset", "cifar10"]).classes is None
+
+
+def test_each_row_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, out in (
+        ("", "glyphs-deit_mini-early-seed0"),
+        ("--seed 3 --schedule none", "glyphs-deit_mini-none-seed3"),
+        ("--model resnet8", "glyphs-resnet8-seed0"),
+        ("--recipe small --held-out 0.2", "cifar100-20classes-heldout0.2-deit_mini-early-seed0"),
+        ("--dataset folder --data my/birds", "my_birds-deit_tiny-early-seed0"),
+    ):
+        assert train.parse(words.split()).out == f"runs/{out}"
+    elsewhere = {train.parse(["--dataset", "folder", "--data", f"/{d}/birds"]).out for d in ("one", "two")}
+    assert len(elsewhere) == 2 and all(out.startswith("runs/birds-") for out in elsewhere)
+
+
+def test_the_command_in_the_log_can_be_pasted_into_a_shell():
+    assert train.parse(["--out", "my run", "--seed=1"]).command == "python train.py --out 'my run' --seed=1"
+
+
+@pytest.mark.parametrize(
+    "words, note",
+    [
+        ("--schedule none --teacher x --beta 7", "--teacher, --beta have"),
+        ("--model resnet8 --guide-epochs 3", "--guide-epochs has"),
+        ("--beta 0 --reduction sum", "--reduction has"),  # --beta itself has
+        ("--schedule none", None),
+        ("--beta 7 --teacher x", None),
+    ],
+)
+def test_options_without_effect_are_told_in_one_line(words, note, capsys):
+    train.parse(words.split())
+    expected = f"note: without guidance, {note} no effect\n" if note else ""
+    assert capsys.readouterr().out == expected
+
+
+# ----------------------------------------------------------------------------------------------- bad input
+
+
+def end_of(program):
+    """Exit code and last words of a program, as Python makes them of SystemExit."""
+    with pytest.raises(SystemExit) as end:
+        options.command_line(program)
+    code = end.value.code
+    return (1, f"{code}\n") if isinstance(code, str) else (code, "")
+
+
+@pytest.fixture(scope="module")
+def shell():
+    """Runs `python train.py ...` in a process of its own, forked from one that has imported torch; returns its exit
+    code and what it wrote to stderr."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", __name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(Path(__file__).parent))))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+
+    def run(folder, argv, unprivileged=False):
+        child = context.Process(target=program, args=(folder, argv, unprivileged))
+        child.start()
+        child.join()
+        return child.exitcode, (folder.parent / "stderr").read_text()
+
+    return run
+
+
+def program(folder, argv, unprivileged):
+    """The child: multiprocessing takes SystemExit, and shows a traceback of all else, as Python does."""
+    os.chdir(folder)
+    for stream, name in ((1, os.devnull), (2, "../stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream)
+    if unprivileged and os.geteuid() == 0:
+        os.seteuid(65534)
+    sys.argv = ["train.py", *argv]
+    runpy.run_path(str(HERE / "train.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a finished run to damage, and the data it was trained on."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        easy_cache(Path("data/cifar10.npz"))
+        train.run(train.parse([*FEW, "--out", "run"]))
+    return folder
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def nothing():
+    pass
+
+
+def content(path, content):
+    """Puts bytes into a file, or cuts what is there to that share of it."""
+
+    def change():
+        whole = Path(path).read_bytes() if isinstance(content, float) else content
+        Path(path).write_bytes(whole[: int(len(whole) * content)] if isinstance(content, float) else content)
+
+    return change
+
+
+def cache(**changes):
+    return lambda: small_cache(Path("data/cifar10.npz"), **changes)
+
+
+def checkpoint(change):
+    """Changes the dictionary in the checkpoint; what `change` returns, if anything, takes its place."""
+
+    def write():
+        state = torch.load("run/last.pt")
+        replaced = change(state)
+        torch.save(state if replaced is None else replaced, "run/last.pt")
+
+    return write
+
+
+def without(*keys):
+    """Drops an entry of the checkpoint, found by going down its keys."""
+
+    def drop(state):
+        for key in keys[:-1]:
+            state = state[key]
+        del state[keys[-1]]
+
+    return checkpoint(drop)
+
+
+def locked_tree():
+    small_tree(Path("set"))
+    Path("set/train/cat/image 0.png").chmod(0)
+
+
+BAD = {  # what is wrong: how it comes about, the command, what the message says
+    "data set": (nothing, ["--dataset", "mnist"], "invalid choice: 'mnist'.*--help$"),
+    "schedule": (nothing, ["--schedule", "late"], "invalid choice: 'late'"),
+    "recipe": (nothing, ["--recipe", "large"], "invalid choice: 'large'"),
+    "no epochs": (nothing, ["--epochs", "0"], "--epochs must be at least 1, not 0"),
+    "no number": (nothing, ["--epochs", "many"], "invalid int value: 'many'"),
+    "no value": (nothing, ["--epochs"], "--epochs: expected one argument"),
+    "abbreviation": (nothing, ["--epoch", "3"], "unrecognized arguments: --epoch"),
+    "position": (nothing, ["cifar100"], "unrecognized arguments: cifar100"),
+    "unknown option": (nothing, ["--unknown", "1"], "unrecognized arguments"),
+    "lr": (nothing, ["--lr", "0"], "--lr must be at least 1e-12, not 0.0"),
+    "nan lr": (nothing, ["--lr", "nan"], "--lr must be .*, not nan"),
+    "infinite lr": (nothing, ["--lr", "inf"], "--lr must be at most .*, not inf"),
+    "batch of one": (nothing, ["--batch-size", "1"], "--batch-size must be at least 2, not 1"),
+    "patch": (nothing, ["--patch-size", "0"], "--patch-size must be at least 1, not 0"),
+    "large patch": (nothing, ["--patch-size", "99999"], "--patch-size must be at most 2048"),
+    "grid": (nothing, ["--image-size", "60"], "60 is not a multiple of patch size 16; choose another"),
+    "large image": (nothing, ["--image-size", "16000000"], "--image-size must be at most 2048, not 16000000"),
+    "small image": (nothing, ["--image-size", "7", "--patch-size", "7"], "--image-size must be at least 8"),
+    "seed": (nothing, ["--seed", "-1"], "--seed must be at least 0, not -1"),
+    "large seed": (nothing, ["--seed", str(2**64)], "--seed must be at most"),
+    "nan beta": (nothing, ["--beta", "nan"], "beta must be finite"),
+    "beta": (nothing, ["--beta", "-1"], "beta must be finite and at least 0"),
+    "guide epochs": (nothing, ["--guide-epochs", "0"], "guide_epochs must be at least 1"),
+    "guided CNN": (nothing, [*FEW, "--schedule", "early"], "takes no guidance: leave --schedule out"),
+    "adaptive sum": (nothing, ["--schedule", "adaptive", "--reduction", "sum"], "made for the mean form"),
+    "large teacher": (nothing, ["--teacher", "resnet18"], "resnet18 is no teacher: choose"),
+    "none held out": (nothing, ["--held-out", "0"], "--held-out must lie between 0 and 1, not 0"),
+    "all held out": (nothing, ["--held-out", "1"], "--held-out must lie between 0 and 1, not 1"),
+    "held out": (nothing, ["--held-out=-0.5"], "--held-out must lie between 0 and 1, not -0.5"),
+    "nan held out": (nothing, ["--held-out", "nan"], "--held-out must lie between 0 and 1, not nan"),
+    "meta device": (nothing, [*FEW, "--device", "meta"], "--device meta does not work here.*leave it out"),
+    "absent GPU": (nothing, [*FEW, "--device", "cuda:99"], "does not work here"),
+    "device": (nothing, [*FEW, "--device", "toaster"], "does not work here"),
+    "many classes": (nothing, [*FEW, "--classes", "11"], "choose from 2 to 10"),
+    "one class": (nothing, [*FEW, "--classes", "1"], "choose from 2 to 10"),
+    "cut cache": (content("data/cifar10.npz", 0.5), FEW, "cifar10.npz is no usable cache.*delete it"),
+    "malicious cache": (cache(y_test=np.array([Malicious()] * 10)), FEW, "no usable cache.*delete it"),
+    "float images": (cache(x_train=np.zeros((20, 32, 32, 3))), FEW, "images float64.*[Dd]elete it"),
+    "no folder": (nothing, FOLDER, "--data must hold train/<class>"),
+    "no Chaoyang": (nothing, ["--dataset", "chaoyang"], "train.json is missing.*ask the authors"),
+    "locked image": (locked_tree, FOLDER, "image 0.png.*ermission"),
+    "locked output": (lambda: Path(".").chmod(0o555), FEW, "cannot write into runs.*ermission"),
+    "out is a file": (content("file", b""), [*FEW, "--out", "file"], "cannot write into file .*--out"),
+    "out in a file": (content("file", b""), [*FEW, "--out", "file/a"], "cannot write into file/a .*--out"),
+    "teacher's folder": (
+        nothing,
+        ["--dataset", "cifar10", "--teacher", "resnet8", "--out", "runs/../runs/cifar10-resnet8-seed0"],
+        "resnet8-seed0 is the folder of the teacher: choose another --out",
+    ),
+    "finished run": (nothing, [*FEW, "--out", "run"], "run holds a run of 4 epochs already: continue it"),
+    "nothing to resume": (nothing, [*FEW, "--resume"], "nothing to resume in runs/cifar10-resnet8-seed0"),
+    "other options": (nothing, [*RESUME, "--lr", "1"], "made with other options: lr was 0.1, is 1.0"),
+    "other data": (cache(), RESUME, "run/last.pt was trained on other data.*training images"),
+    "cut own checkpoint": (content("run/last.pt", 0.7), RESUME, "run/last.pt is damaged or no checkpoint"),
+    "no optimiser": (without("optimizer"), RESUME, "not written by this train.py"),
+    "empty optimiser": (
+        checkpoint(lambda state: state["optimizer"].clear()),
+        RESUME,
+        "run/last.pt is no whole state of a run.*start another --out",
+    ),
+    "missing weight": (without("model", "fc.bias"), RESUME, "run/last.pt is no whole state of a run"),
+    "no teacher": (nothing, [*TAUGHT, "--teacher", "absent.pt"], "no file absent.pt: check the name"),
+    "empty teacher": (content("run/last.pt", b""), TAUGHT, "run/last.pt is damaged or no checkpoint.*again"),
+    "malicious teacher": (checkpoint(lambda state: Malicious()), TAUGHT, "damaged or no checkpoint"),
+    "malicious inside": (
+        checkpoint(lambda state: state.update(data=Malicious())),
+        TAUGHT,
+        "run/last.pt is damaged or no checkpoint",
+    ),
+    "cache as teacher": (nothing, [*TAUGHT, "--teacher", "data/cifar10.npz"], "damaged or no checkpoint"),
+    "weights as teacher": (checkpoint(lambda state: state["model"]), TAUGHT, "not written by this train.py"),
+    "list as teacher": (checkpoint(lambda state: [1, 2]), TAUGHT, "not written by this train.py"),
+    "teacher of no data": (without("args", "dataset"), TAUGHT, "not written by this train.py"),
+    "teacher without a weight": (without("model", "fc.bias"), TAUGHT, "run/last.pt cannot guide.*choose"),
+    "teacher of other data": (cache(), TAUGHT, "run/last.pt was trained on other data"),
+    "teacher at chance": (
+        checkpoint(lambda state: [tensor.zero_() for tensor in state["model"].values()] and None),
+        TAUGHT,
+        "run/last.pt is at chance .*train it longer, or another",
+    ),
+}
+
+AS_A_PROCESS = {  # the others end the program in this process
+    *("data set", "no value", "large image", "absent GPU", "malicious cache", "no Chaoyang", "locked image"),
+    *("locked output", "out in a file", "finished run", "cut own checkpoint", "empty optimiser"),
+    *("malicious teacher", "teacher at chance", "other data"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_line_and_leaves_what_was_written(
+    shell, trained, tmp_path, monkeypatch, case
+):
+    folder = tmp_path / "case"
+    shutil.copytree(trained, folder)
+    monkeypatch.chdir(folder)
+    folder.chmod(0o777)
+    break_it, argv, message = BAD[case]
+    break_it()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    if case in AS_A_PROCESS:
+        code, told = shell(folder, argv, unprivileged=case.startswith("locked"))
+    else:
+        code, told = end_of(lambda: command(monkeypatch, *argv))
+    assert code == 1 and re.fullmatch("error: [^\n]+\n", told), told
+    assert re.search(message, told[:-1]), told
+    assert not (folder / "executed").exists()
+    assert all(path.read_bytes() == content for path, content in before.items())
+    new = {path.suffix for path in folder.rglob("*") if path not in before and path.is_file()}
+    assert not new & {".pt", ".npz", ".partial"}
+
+
+# -------------------------------------------------------------------------------------------------- the end
+
+
+def raises(error):
+    def program():
+        raise error
+
+    return program
+
+
+def test_exit_codes_are_0_1_130_and_143():
+    assert options.command_line(lambda: None) is None  # Python ends with 0
+    refusal = InputError("no such file:\n  choose another")
+    assert end_of(raises(refusal)) == (1, "error: no such file: choose another\n")
+    assert end_of(raises(KeyboardInterrupt())) == (128 + signal.SIGINT, "")
+    assert end_of(raises(runs.Interrupted())) == (128 + signal.SIGTERM, "")
+
+
+def test_output_that_nobody_reads_on_ends_without_a_traceback(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    assert end_of(lambda: print("epoch")) == (1, "")
+    sys.stdout.close()  # as Python does when it ends: nothing is left that could not be written
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        lambda: torch.empty(2**60),
+        raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation")),
+        raises(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")),
+        raises(MemoryError()),
+    ],
+    ids=["CPU", "CUDA", "MPS", "Python"],
+)
+def test_a_full_memory_ends_with_one_line(failing):
+    code, told = end_of(failing)
+    assert code == 1
+    assert re.fullmatch(r"error: out of memory \([^\n]+\); choose a smaller --batch-size [^\n]+\n", told), (
+        told
+    )
+
+
+def test_a_process_that_loses_another_says_how_to_go_on():
+    code, told = end_of(raises(torch.distributed.DistNetworkError("Connection reset by peer")))
+    assert code == 1
+    assert re.fullmatch(r"error: another process .* has ended .*Connection reset.*--resume\n", told), told
+
+
+def test_a_fault_of_the_program_itself_is_not_hidden():
+    with pytest.raises(RuntimeError, match="the size of tensor a"):
+        options.command_line(raises(RuntimeError("the size of tensor a")))
