@@ -75,11 +75,13 @@ class Guidance(nn.Module):
                     f"the projected student map {tuple(student.shape)} and the teacher map "
                     f"{tuple(teacher.shape)} differ in batch or channels"
                 )
-            (h, w), (H, W) = student.shape[2:], teacher.shape[2:]
-            student = F.interpolate(student, (max(h, H), max(w, W)), mode="bilinear")  # (B, C_i, H_i, W_i)
-            teacher = F.interpolate(teacher, (max(h, H), max(w, W)), mode="bilinear")
-            squared = (student - teacher).square()
-            loss = loss + (squared.sum(dim=1).mean() if self.reduction == "sum" else squared.mean())
+            size = torch.Size(map(max, student.shape[2:], teacher.shape[2:]))  # the larger grid
+            if student.shape[2:] != size:
+                student = F.interpolate(student, size, mode="bilinear")  # (B, C_i, H_i, W_i)
+            if teacher.shape[2:] != size:
+                teacher = F.interpolate(teacher, size, mode="bilinear")
+            mean = F.mse_loss(student, teacher)
+            loss = loss + (mean * teacher.shape[1] if self.reduction == "sum" else mean)
         return loss / self.scale
 
 
