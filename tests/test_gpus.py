@@ -161,7 +161,7 @@ def test_a_run_in_float16_resumes_bit_for_bit_its_scale_included(small_glyphs, m
     pick = devices.pick_device
     half = lambda name, amp: (CPU, make_precision(CPU, torch.float16), "float16")  # noqa: E731
     monkeypatch.setattr(train, "pick_device", lambda name, amp: (pick(name, amp), half(name, amp))[1])
-    small = ("--schedule", "none", "--epochs", 2, "--batch-size", 160)
+    small = ("--schedule", "none", "--epochs", 2, "--batch-size", 160, "--image-size", 8)
     command(monkeypatch, *small, "--out", "whole")
     evaluate, calls = train.evaluate, []
 
