@@ -172,8 +172,8 @@ def test_the_loss_is_zero_for_a_copy_and_its_gradient_reaches_student_and_projec
 
 @pytest.mark.parametrize("strength", [1.0, 0.05])
 def test_the_relative_form_is_1_for_zeros_and_has_no_unit(strength):
-    """The mean form over the summed mean squares of the teacher's maps at the compared size; a
-    teacher with weaker features gives the same loss for a student whose maps are weaker in proportion."""
+    """The mean form over the summed mean squares of the teacher's maps at the compared size: a teacher with
+    weaker features gives the same loss for a student whose maps are weaker in proportion."""
     torch.manual_seed(0)
     student = [torch.randn(2, 4, 3, 3), torch.randn(2, 4, 8, 8)]
     teacher = [strength * torch.randn(2, 2, 6, 6).relu(), strength * 9 * torch.randn(2, 3, 2, 2).relu()]
