@@ -1,80 +1,93 @@
 """Times what training costs, with the very code that trains (`train.train_epoch`), on random images.
 
 Usage:
-    python bench.py                        ladder, guidance, parts, networks; on a GPU if there is one
-    python bench.py --amp --compile        one configuration
+    python bench.py                        --amp and --compile, guidance, CNNs; on a GPU if there is one
+    python bench.py --amp --compile        one way to train
     python bench.py --rows inputs models   beside timm, torchvision and Pillow in workers (pip install timm)
+    python bench.py --rows cost            what a step costs on a GPU, counted without one
 
-An epoch is augmentation, forward, backward and update of all its batches, synchronised at both ends. Shown is
-the median of the repeats, with the fastest and the slowest. A warm-up before them is in no other figure; what
-it takes longer than the same steps do later is shown as set-up: mostly compilation.
+An epoch is augmentation, forward, backward and update of all its batches, synchronised at both ends. Rows of one
+kind are timed in turns (A B C A B C) after a warm-up; shown are the median, the fastest and the slowest. What the
+warm-up takes longer than the same steps do later is shown as set-up: mostly compilation.
 """
 
 import argparse
+import functools
 import json
 import shlex
 import sys
 import time
+from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, default_collate
-from torch.utils.flop_counter import FlopCounterMode
 
 from augment import batches
 from data import Data
 from guidance import Guidance
 from model import TRANSFORMERS
-from plumbing.devices import make_precision, pick_compile, pick_device, to_device
+from plumbing import usual
+from plumbing.counting import META, Counter, as_on_gpu, count_step, flops
+from plumbing.devices import Processes, make_precision, pick_compile, pick_device, to_device
 from plumbing.files import InputError, write_whole
 from plumbing.options import Options, command_line
 from plumbing.runs import build, origin_of
-from train import evaluate, make_optimizer, train_epoch
+from teacher import load_teacher, resnet56
+from train import make_optimizer, train_epoch
 
+KINDS = ["ladder", "guidance", "networks", "one", "inputs", "models", "cost"]
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bfloat16, dense, from the data sheets
+TIMED = {  # title: how a line's figures are shown
+    "images/s": "{images_per_second:,.0f}",
+    "ms a step": "{ms_per_step:,.1f}",
+    "fastest to slowest": "{ms_fastest:,.1f} to {ms_slowest:,.1f}",
+    "of full rate": "{utilisation:.1%}",
+    "hours for 300 epochs of 50,000": "{hours_for_300_epochs:,.2f}",
+    "MB": "{memory_mb:,.0f}",
+    "set-up, s": "{setup_seconds:,.0f}",
+}
+COUNTED = {"launches": "{launches:,}", "bytes": "{bytes:,}", "FLOP": "{flops:,}"}
 
 
 class Row(NamedTuple):
-    """A configuration of the training step."""
+    """A way to train; None: train.py's default."""
 
     name: str
-    precision: str = "fp32"  # fp32, tf32 or bf16
-    fused: bool = True  # the optimiser
-    mode: str | None = None  # of torch.compile; None: eager
+    model: str
+    image_size: int
+    amp: bool | None = None
+    compile: bool | None = None
     beta: float = 0.0  # guided by ResNet-56 if above 0
 
 
-def ladder(device):
-    """One change per row, each on top of the rows before it."""
-    gpu = device.type == "cuda"
-    return [
-        Row("float32, eager", "fp32", False),
-        *[Row("+ TF32", "tf32", False)] * gpu,
-        Row("+ bfloat16 autocast", "bf16", False),
-        Row("+ fused optimiser", "bf16"),
-        Row("+ torch.compile", "bf16", mode="default"),
-        *[Row("+ CUDA graphs", "bf16", mode="reduce-overhead")] * gpu,
-    ]
+def rows_of(kind, args, device):
+    """The rows of a kind, one change at a time."""
+    base = Row("training", args.model, args.image_size, args.amp, args.compile)
+    if kind == "ladder":
+        rows = [
+            base._replace(name="--no-amp --no-compile", amp=False, compile=False),
+            base._replace(name="--amp --no-compile", amp=True, compile=False),
+            base._replace(name="--amp --compile", amp=True, compile=True),
+        ]
+        return rows if device.type == "cuda" else rows[::-1]  # to what a long run does by default
+    if kind == "guidance":
+        return [base._replace(name="alone"), base._replace(name="guided", beta=2.5)]
+    if kind == "networks":
+        cnns = (("resnet18", args.image_size), ("resnet56", 32))
+        return [base._replace(name=f"{cnn} at {size} px", model=cnn, image_size=size) for cnn, size in cnns]
+    return [base]
 
 
 def timed(works, images, args, device, warm_up=1):
-    """Times functions in turns, `args.repeats` times after `warm_up` times that do not count.
-
-    Args:
-        works: name -> a function of no arguments that works through so many `images`.
-
-    Yields:
-        A line for each: seconds (median), fastest, slowest, images_per_second, ms_per_step.
-    """
-    times = {name: [] for name in works}
+    """Times `works`, name -> a function that works through so many `images`, in turns: `args.repeats` times after
+    `warm_up` times that do not count. Returns a line for each."""
+    times, lines = {name: [] for name in works}, []
+    synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda device: None
     for _ in range(warm_up + args.repeats):
         for name, work in works.items():
             synchronize(device)
@@ -83,238 +96,134 @@ def timed(works, images, args, device, warm_up=1):
             synchronize(device)
             times[name].append(time.perf_counter() - start)
     for name, taken in times.items():
-        taken = taken[warm_up:]
-        speed = images / median(taken)
-        yield dict(
-            name=name,
-            seconds=median(taken),
-            fastest=min(taken),
-            slowest=max(taken),
-            images_per_second=speed,
-            ms_per_step=1000 * args.batch_size / speed,
-        )
-
-
-def synchronize(device):
-    """Waits until the device has done all it was asked to."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def flops(name, image_size, patch_size, backward=True):
-    """Floating-point operations for one image, by torch's count; a multiplication and an addition are two."""
-    network = build(name, 100, image_size, patch_size).to("meta")
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        logits, _ = network(torch.zeros(2, 3, image_size, image_size, device="meta"))
-        if backward:
-            logits.sum().backward()
-    return counter.get_total_flops() / 2
+        seconds = (median(taken[warm_up:]), min(taken[warm_up:]), max(taken[warm_up:]))
+        in_ms = [1000 * s * args.batch_size / images for s in seconds]
+        line = dict(zip(("seconds", "fastest", "slowest"), seconds), name=name)
+        line |= dict(zip(("ms_per_step", "ms_fastest", "ms_slowest"), in_ms))
+        lines.append(line | dict(images_per_second=images / seconds[0]))
+    return lines
 
 
 def peak(device, args):
-    """FLOP/s to compare with, and where they come from."""
+    """FLOP/s that training is compared with, and where they come from."""
     for name, rate in PEAK.items():
         if device.type == "cuda" and name in torch.cuda.get_device_name(device):
             return rate, f"{rate / 1e12:.0f} TFLOP/s, the data sheet's for bfloat16"
     a = torch.randn(2048, 2048, device=device)
-    works = {"float32": lambda: a @ a, "bfloat16": lambda b=a.bfloat16(): b @ b}
-    rate = max(2 * 2048**3 / line["fastest"] for line in timed(works, 1, args, device))
-    return rate, f"{rate / 1e12:.2f} TFLOP/s, the fastest matrix product of 2048 x 2048 here and now"
+    (line,) = timed({"product": lambda: a @ a}, 1, args, device)
+    rate = 2 * 2048**3 / line["fastest"]
+    return rate, f"{rate / 1e12:.2f} TFLOP/s, the fastest float32 product of 2048 x 2048 matrices here"
 
 
-def train_row(row, args, data, device, rate):
-    """Trains args.model for some epochs as `row` says; its line."""
+def networks(row, patch_size, device, compiled=False):
+    """What a row trains, as `train_epoch` takes it: student, teacher, guidance, optimizer, scheduler."""
     torch.manual_seed(0)
-    torch.compiler.reset()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = row.precision == "tf32"
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    model = to_device(build(args.model, 100, args.image_size, args.patch_size), device)
-    teacher = (
-        to_device(build("resnet56", 100, 32, 0), device).eval().requires_grad_(False) if row.beta else None
-    )
-    guidance = Guidance(model.feature_channels, (16, 32, 64)).to(device) if row.beta else None
-    optimizer, generator = make_optimizer(model, guidance, 5e-4, row.fused), torch.Generator().manual_seed(0)
-    precision = make_precision(device, torch.bfloat16 if row.precision == "bf16" else torch.float32)
-    networks = [
-        torch.compile(network, mode=row.mode) if row.mode and network else network
-        for network in (model, teacher, guidance)
-    ]
+    student, teacher, guidance = build(row.model, 100, row.image_size, patch_size), None, None
+    student = to_device(student, device)
+    if row.beta:
+        about = dict(args=dict(model="resnet56", image_size=32), data=dict(num_classes=100))
+        teacher = to_device(load_teacher(about | dict(model=resnet56(100).state_dict())), device)
+        guidance = Guidance(student.feature_channels, teacher.feature_channels).to(device)
+    optimizer = make_optimizer(student, guidance, 5e-4)
     scheduler = LambdaLR(optimizer, lambda step: 1.0)
-
-    def epoch(part=data):
-        images = batches(part.x_train, part.y_train, args.batch_size, args.image_size, generator)
-        train_epoch(*networks, optimizer, scheduler, images, row.beta, precision)
-
-    start, few = time.perf_counter(), 12 * args.batch_size
-    epoch(data._replace(x_train=data.x_train[:few], y_train=data.y_train[:few]))
-    synchronize(device)
-    warm_up = time.perf_counter() - start
-    (line,) = timed({row.name: epoch}, args.images, args, device, warm_up=0)
-    warm_up -= line["seconds"] * min(few, args.images) / args.images
-    per_image = flops(args.model, args.image_size, args.patch_size)
-    per_image += flops("resnet56", 32, 0, backward=False) if row.beta else 0
-    memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    speed = line["images_per_second"]
-    return line | dict(
-        hours_for_300_epochs=300 * 50_000 / speed / 3600,
-        utilisation=per_image * speed / rate,
-        memory_mb=memory,
-        setup_seconds=max(0, warm_up),
-    )
+    return *Processes().wrap(student, teacher, guidance, compiled), optimizer, scheduler
 
 
-def parts(args, data, device, precision):
-    """What surrounds the networks' step, each alone."""
-    teacher = to_device(build("resnet56", 100, 32, 0), device).eval()
-    model = to_device(build(args.model, 100, args.image_size, args.patch_size), device)
-    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
+def prepare(row, args, data, device):
+    """A row's training epoch, as a function."""
+    precision = pick_device(args.device, row.amp)[1]
+    compiled = pick_compile(row.compile, device, 300 * args.images // args.batch_size)[0]
+    parts, generator = networks(row, args.patch_size, device, compiled), torch.Generator().manual_seed(0)
 
-    @torch.no_grad()
-    def teach():
-        for _ in range(args.images // args.batch_size):
-            with precision.autocast:
-                teacher(F.interpolate(images, 32, mode="bilinear"))
+    def epoch(count=args.images):
+        x, y = data.x_train[:count], data.y_train[:count]
+        images = batches(x, y, args.batch_size, row.image_size, generator)
+        train_epoch(*parts, images, row.beta, precision)
 
-    def test():
-        evaluate(model, data.x_train, data.y_train, args.image_size, precision)
-
-    works = {
-        "augmentation alone": ours(data, args.image_size, args),
-        "teacher alone": teach,
-        "evaluation": test,
-    }
-    return timed(works, args.images, args, device)
+    return epoch
 
 
-def ours(data, size, args):
-    """Our input pipeline for an epoch, as a function of no arguments."""
-
-    def work(generator=torch.Generator()):
-        for _ in batches(data.x_train, data.y_train, args.batch_size, size, generator):
-            pass
-
-    return work
-
-
-def usual_batches(data, size, args):
-    """An epoch of the usual input pipeline: Pillow images, timm's transforms of the same recipe, workers."""
-    import timm.data
-
-    pictures = map(Image.fromarray, data.x_train.permute(0, 2, 3, 1).cpu().numpy())
-    # timm's own posterize stops with an error in Pillow 12 and later where no bit is left
-    timm.data.auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
-    transform = timm.data.create_transform(
-        size,
-        is_training=True,
-        auto_augment="rand-m9-mstd0.5-inc1",
-        interpolation="bicubic",
-        color_jitter=None,
-        re_prob=0.25,
-        re_mode="pixel",
-    )
-
-    def transformed(pairs):
-        return default_collate([(transform(picture), label) for picture, label in pairs])
-
-    return DataLoader(
-        list(zip(pictures, data.y_train.tolist())),
-        args.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=args.workers,
-        persistent_workers=True,
-        collate_fn=transformed,
-        multiprocessing_context="fork",
-        pin_memory=data.x_train.is_cuda,
-    )
-
-
-def posterize(image, bits, **_):
-    """As timm has it, save that a bit is left."""
-    return ImageOps.posterize(image, max(1, bits))
+def train_rows(rows, args, data, device, rate):
+    """Trains all of the rows for some epochs, in turns."""
+    torch.compiler.reset()
+    epochs, about, few, memory = {}, {}, min(12 * args.batch_size, args.images), None
+    for row in rows:
+        epochs[row.name], start = prepare(row, args, data, device), time.perf_counter()
+        epochs[row.name](few)
+        warm_up = time.perf_counter() - start
+        if device.type == "cuda":  # the weights of the rows before are in it
+            memory = torch.cuda.max_memory_allocated(device) / 2**20
+            torch.cuda.reset_peak_memory_stats(device)
+        operations = flops(build(row.model, 100, row.image_size, args.patch_size), row.image_size)
+        operations += flops(resnet56(100), 32, backward=False) if row.beta else 0
+        about[row.name] = warm_up, memory, operations
+    for line in timed(epochs, args.images, args, device, warm_up=0):
+        (warm_up, memory, operations), speed = about[line["name"]], line["images_per_second"]
+        line |= dict(utilisation=operations * speed / rate, hours_for_300_epochs=300 * 50_000 / speed / 3600)
+        yield line | dict(memory_mb=memory, setup_seconds=max(0, warm_up - few / speed))
 
 
 def inputs(args, data, device):
     """The usual input pipeline and ours, in turns."""
     for size in dict.fromkeys((args.image_size, 32)):
-        usual, title = usual_batches(data, size, args), f"input at {size} px: "
+        theirs, generator = usual.batches(data, args.batch_size, size, args.workers), torch.Generator()
+        ours = functools.partial(batches, data.x_train, data.y_train, args.batch_size, size, generator)
         works = {
-            title + f"timm and Pillow, {args.workers} workers": lambda usual=usual: [*map(len, usual)],
-            title + "ours": ours(data, size, args),
+            f"input at {size} px: timm and Pillow, {args.workers} workers": lambda: deque(theirs, maxlen=0),
+            f"input at {size} px: ours": lambda: deque(ours(), maxlen=0),
         }
         yield from timed(works, args.images, args, device)
 
 
-def models(args, data, device, precision):
-    """timm's DeiT-tiny, torchvision's and ours in the same step, in turns; then timm's in the usual epoch."""
-    import timm
-
-    timms = timm.create_model("deit_tiny_patch16_224", num_classes=100, drop_path_rate=0.1).to(device)
-    torchvisions = torchvision.models.VisionTransformer(224, 16, 12, 3, 192, 768, num_classes=100).to(device)
-    deit_tiny = to_device(build("deit_tiny", 100, 224, 16), device)
+def models(args, data, device):
+    """A step of timm's DeiT-tiny, of torchvision's and of ours, in turns; then timm's in the usual epoch."""
+    precision = pick_device(args.device, args.amp)[1]
+    batch = torch.randn(args.batch_size, 3, 224, 224, device=device), data.y_train[: args.batch_size]
 
     def training(model, loader, fused=True):
         optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+        return lambda: usual.train_epoch(model, optimizer, loader, precision, device)
 
-        def work():
-            for images, labels in loader:
-                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                with precision.autocast:
-                    logits = model(images)
-                    loss = F.cross_entropy(logits[0] if model is deit_tiny else logits, labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-
-        return work
-
-    one = [(torch.randn(args.batch_size, 3, 224, 224), data.y_train[: args.batch_size])]
+    timms, ours = usual.deit_tiny().to(device), networks(Row("ours", "deit_tiny", 224), 16, device)
+    torchvisions = torchvision.models.VisionTransformer(224, 16, 12, 3, 192, 768, num_classes=100).to(device)
     works = {
-        "step: timm": training(timms, one),
-        "step: torchvision": training(torchvisions, one),
-        "step: ours": training(deit_tiny, one),
+        "step: timm": training(timms, [batch]),
+        "step: torchvision": training(torchvisions, [batch]),
+        "step: ours": lambda: train_epoch(*ours, [batch], 0.0, precision),
     }
     yield from timed(works, args.batch_size, args, device)
-    usual = training(timms, usual_batches(data, 224, args), fused=False)
-    yield from timed({f"epoch: timm and Pillow, {args.workers} workers": usual}, args.images, args, device)
+    loader = usual.batches(data, args.batch_size, 224, args.workers)
+    name = f"epoch: timm and Pillow, {args.workers} workers"
+    yield from timed({name: training(timms, loader, fused=False)}, args.images, args, device)
 
 
-COLUMNS = {
-    "images/s": ("images_per_second",),
-    "ms a step": ("ms_per_step", ".1f"),
-    "s an epoch": ("seconds", ".2f"),
-    "fastest": ("fastest", ".2f"),
-    "slowest": ("slowest", ".2f"),
-    "of full rate": ("utilisation", ".1%"),
-    "hours for 300 epochs of 50,000": ("hours_for_300_epochs", ".2f"),
-    "MB": ("memory_mb",),
-    "set-up, s": ("setup_seconds",),
-}
-
-
-def cell(line, key, form=",.0f"):
-    """A figure of a line as text; `-` where the line has none."""
-    return "-" if line.get(key) is None else format(line[key], form)
-
-
-def show(line):
-    """Prints a line as a row of the table."""
-    cells = [cell(line, *column) for column in COLUMNS.values()]
-    print(f"| {' | '.join([line['name'], *cells])} |", flush=True)
+def cost():
+    """A step of DeiT-tiny with 128 images of 224 px in bfloat16, eager, counted; and timm's in the usual loop."""
+    x, y = torch.zeros(3072, 3, 32, 32, dtype=torch.uint8, device=META), torch.zeros(3072, device=META).long()
+    batch = torch.zeros(128, 3, 224, 224, device=META), y[:128]
+    with as_on_gpu():
+        precision = make_precision(META, torch.bfloat16)
+        with Counter() as counter:
+            steps = len(list(batches(x, y, 128, 224, torch.Generator().manual_seed(0))))
+        counts = {"augmentation": {name: round(count / steps) for name, count in counter.read().items()}}
+        for name, beta in (("alone", 0.0), ("guided", 2.5)):
+            ours = networks(Row(name, "deit_tiny", 224, beta=beta), 16, META)
+            counts[name] = count_step(lambda steps: train_epoch(*ours, steps, beta, precision), batch)
+        if find_spec("timm"):
+            timms = usual.deit_tiny().to(META)
+            optimizer = torch.optim.AdamW(timms.parameters(), foreach=True)  # as is the default on a GPU
+            training = lambda steps: usual.train_epoch(timms, optimizer, steps, precision, META)  # noqa: E731
+            counts["timm"] = count_step(training, batch)
+        else:
+            print("timm is not installed, and its row left out (pip install timm)")
+    return [dict(name=name, **count) for name, count in counts.items()]
 
 
 def parse(argv=None):
     """The options; those that depend on the device get their values in `main`."""
     parser = Options(prog="bench.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
-    add(
-        "--rows",
-        nargs="+",
-        choices=["ladder", "guidance", "parts", "networks", "one", "inputs", "models"],
-        help="default: the first four; with --amp or --compile: one",
-    )
+    add("--rows", nargs="+", choices=KINDS, help="default: the first three; with --amp or --compile: one")
     add("--model", choices=TRANSFORMERS, default="deit_tiny")
     add("--image-size", type=int, default=224)
     add("--patch-size", type=int, default=16)
@@ -323,8 +232,8 @@ def parse(argv=None):
     add("--repeats", type=int, default=3)
     add("--workers", type=int, default=2, help="processes of the usual input pipeline")
     add("--device", default="auto")
-    add("--amp", action=on_off, help="bfloat16 autocast; not in the ladder")
-    add("--compile", action=on_off, help="torch.compile; not in the ladder")
+    add("--amp", action=on_off, help="as in train.py; not in the ladder")
+    add("--compile", action=on_off, help="as in train.py; not in the ladder")
     add("--json", metavar="FILE", help="write the figures there, too, after each row")
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)])
@@ -335,72 +244,65 @@ def parse(argv=None):
     if {"inputs", "models"} & set(args.rows or []) and not find_spec("timm"):
         parser.error("inputs and models are compared with timm's: pip install timm")
     toggled = args.amp is not None or args.compile is not None
-    args.rows = args.rows or (["one"] if toggled else ["ladder", "guidance", "parts", "networks"])
+    args.rows = args.rows or (["one"] if toggled else KINDS[:3])
     build(args.model, 2, args.image_size, args.patch_size)  # refuses sizes that do not fit
+    if args.json and Path(args.json).exists():
+        raise InputError(f"{args.json} exists already: choose another name")
     return args
 
 
-def lines(args, data, device, precision, compiled, rate):
-    """Measures the rows asked for, one after the other."""
-    base = Row(
-        "training",
-        "bf16" if precision.autocast.fast_dtype == torch.bfloat16 else "fp32",
-        mode="default" if compiled else None,
-    )
-    if "ladder" in args.rows:
-        for row in ladder(device):
-            yield train_row(row, args, data, device, rate)
-    if "one" in args.rows:
-        yield train_row(base, args, data, device, rate)
-    if "guidance" in args.rows:
-        hours = []
-        for name, beta in (("none", 0.0), ("constant", 2.5)):
-            line = train_row(base._replace(name=f"guidance: {name}", beta=beta), args, data, device, rate)
-            hours.append(line["hours_for_300_epochs"])
-            yield line
-        early = (2 * hours[0] + hours[1]) / 3  # guided for a third of the epochs
-        yield dict(name="guidance: early, from the two above", hours_for_300_epochs=early)
-    if "parts" in args.rows:
-        yield from parts(args, data, device, precision)
-    if "networks" in args.rows:
-        for model, size in (("resnet18", args.image_size), ("resnet56", 32)):
-            theirs = argparse.Namespace(**vars(args) | dict(model=model, image_size=size))
-            yield train_row(base._replace(name=f"{model} at {size} px"), theirs, data, device, rate)
-    if "inputs" in args.rows:
-        yield from inputs(args, data, device)
-    if "models" in args.rows:
-        yield from models(args, data, device, precision)
+def lines(args, data, device, rate):
+    """Measures the rows asked for, one kind after the other."""
+    for kind in args.rows:
+        if kind == "cost":
+            yield from cost()
+        elif kind in ("inputs", "models"):
+            yield from (inputs if kind == "inputs" else models)(args, data, device)
+        else:
+            yield from train_rows(rows_of(kind, args, device), args, data, device, rate)
+
+
+def show(table):
+    """Prints the last line of a table as a row, `-` where it lacks a figure, and titles where other ones begin."""
+    columns, *before = [COUNTED if "launches" in line else TIMED for line in table[::-1][:2]]
+    if columns not in before:
+        print(f"\n| | {' | '.join(columns)} |\n|---|{'--:|' * len(columns)}")
+    cells = [table[-1]["name"]]
+    for form in columns.values():
+        try:
+            cells.append(form.format(**table[-1]))
+        except (KeyError, TypeError):
+            cells.append("-")
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main():
     """Shows the table row by row, and writes the --json file anew after each."""
     args = parse()
-    if args.json and Path(args.json).exists():
-        raise InputError(f"{args.json} exists already: choose another name")
-    device, precision, in_words = pick_device(args.device, args.amp)
+    device, _, in_words = pick_device(args.device, args.amp)
     cpu = device.type == "cpu"
     args.seed, args.batch_size = 0, args.batch_size or (16 if cpu else 128)
     steps = (args.images or (4 * args.batch_size if cpu else 50_000)) // args.batch_size
     if not steps:
         raise InputError(f"--images {args.images} does not fill a batch of {args.batch_size}; choose more")
     args.images = steps * args.batch_size
-    compiled, compiled_in_words = pick_compile(args.compile, device, 300 * steps)
+    origin, rate, table = origin_of(args, device), None, []
+    if args.rows != ["cost"]:
+        rate, rate_in_words = peak(device, args)
+        origin |= dict(full_rate=rate, full_rate_is=rate_in_words)
+        print(
+            f"{args.model} at {args.image_size} px, {steps} steps of {args.batch_size} images an epoch, median "
+            f"of {args.repeats}\n{origin['hardware']}, torch {origin['torch']}: {in_words}; "
+            f"{pick_compile(args.compile, device, 300 * steps)[1]}\nfull rate: {rate_in_words}"
+        )
     x = torch.randint(256, (args.images, 3, 32, 32), dtype=torch.uint8).to(device)
     y = torch.randint(100, (args.images,)).to(device)
-    rate, rate_in_words = peak(device, args)
-    origin = origin_of(args, device)
-    print(
-        f"{args.model} at {args.image_size} px, {steps} steps of {args.batch_size} images an epoch, median "
-        f"of {args.repeats}\n{origin['hardware']}, torch {origin['torch']}: {in_words}; {compiled_in_words}"
-        f"\nfull rate: {rate_in_words}\n\n| | {' | '.join(COLUMNS)} |\n|---|{'--:|' * len(COLUMNS)}"
-    )
-    table = []
-    for line in lines(args, Data(x, y, x, y, 100), device, precision, compiled, rate):
+    for line in lines(args, Data(x, y, x, y, 100), device, rate):
         table.append(line)
-        show(line)
+        show(table)
         if args.json:
-            text = json.dumps(origin | dict(full_rate=rate, full_rate_is=rate_in_words, rows=table), indent=1)
-            write_whole(Path(args.json), lambda file, text=text: file.write(f"{text}\n".encode()))
+            text = json.dumps(origin | dict(rows=table), indent=1) + "\n"
+            write_whole(Path(args.json), lambda file, text=text: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""The documentation: its code, commands, links, lengths and figures are those of the repository."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+from conftest import HERE, command, easy_cache, records, records_of
+from PIL import Image
+from torch import nn
+
+import train
+
+README = (HERE / "README.md").read_text()
+EVIDENCE = (HERE / "results" / "README.md").read_text()
+
+
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 260 and all(len(line) <= 120 for line in lines if not line.startswith("|"))
+
+
+def test_the_readme_quotes_the_code_as_it_is():
+    code = (HERE / "guidance.py").read_text().splitlines()
+    quoted = README.split("```python\n")[1].split("```")[0].splitlines()
+    assert len(quoted) > 6
+    assert all(line in code or line.strip() == "..." for line in quoted)
+
+
+@pytest.mark.parametrize("file", ["README.md", "results/README.md"])
+def test_every_link_leads_somewhere(file):
+    text, folder = (HERE / file).read_text(), (HERE / file).parent
+    links = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("https://")]
+    named = re.findall(r"`((?:results|figures)/[^`*]+)`", text)
+    assert len(links) >= 4
+    for path in [*(folder / link for link in links), *(HERE / name for name in named)]:
+        assert path.exists(), path
+
+
+def test_every_file_is_listed_with_its_length():
+    """Within 5 lines, or 3%: a file may change a little without its README."""
+    lengths = dict(re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) \|", README, re.MULTILINE))
+    assert lengths.keys() == {path.name for path in HERE.glob("*.py")}
+    for name, said in lengths.items():
+        true = len((HERE / name).read_text().splitlines())
+        assert true == pytest.approx(int(said), rel=0.03, abs=5), (name, true)
+
+
+def test_the_last_lines_of_the_main_command_are_those_of_its_log():
+    *_, before, last = records_of(HERE / "results" / "main-command.jsonl")
+    for line in (before, last):
+        beginning = f"epoch {line['epoch']:3d}  beta {line['beta']:.3f}  loss_cls {line['loss_cls']:.3f}"
+        (shown,) = [text for text in README.splitlines() if text.strip().startswith(beginning)]
+        assert f"train {line['train_acc']:5.1f}%  val {line['val_acc']:5.1f}%" in shown
+    assert f"val_acc {last['val_acc']:.2f}% after the last epoch" in README
+
+
+def test_the_figures_of_the_readme_are_those_of_the_logs():
+    for name, pattern in (
+        ("alone", "deit_mini-none-seed?.jsonl"),
+        (r"\+ constant guidance", "deit_mini-constant-seed?.jsonl"),
+        (r"\+ early guidance", "deit_mini-early-seed?.jsonl"),
+    ):
+        last = [
+            records_of(path)[-1]["val_acc"] for path in (HERE / "results/cifar100-20classes").glob(pattern)
+        ]
+        assert len(last) == 3
+        assert re.search(
+            rf"^\| {name} \| {np.mean(last):.2f} ± {np.std(last, ddof=1):.2f} \|$", README, re.MULTILINE
+        )
+    teacher = records_of(HERE / "results/cifar100-20classes/resnet20-seed0.jsonl")[-1]["val_acc"]
+    assert f"| the teacher, ResNet-20 | {teacher:.2f} |" in README
+
+
+@pytest.mark.parametrize(
+    "title, folder, count", [("## Exercises", "exercises", 6), ("## One change", "ablations", 14)]
+)
+def test_changes_that_the_evidence_tells_of_end_where_their_logs_end(title, folder, count):
+    told = EVIDENCE.split(title)[1].split("\n##")[0]
+    found = [records_of(path)[-1]["val_acc"] for path in (HERE / "results" / folder).glob("*.jsonl")]
+    stated = re.findall(r"\| ([\d.]+)% \|$", told, re.MULTILINE)
+    assert len(stated) == count and sorted(f"{value:.1f}" for value in found) == sorted(stated)
+
+
+def test_the_tables_of_the_evidence_are_what_plot_makes_of_the_committed_logs():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; .ci/run installs it")
+    import plot
+
+    for folder, timed in (("cifar100-20classes", False), ("glyphs", True)):
+        table = plot.table(plot.read_rows((HERE / "results" / folder).glob("*.jsonl")), timed)
+        assert (
+            table.strip() in EVIDENCE
+            and table.strip() in (HERE / "figures" / folder / "table.md").read_text()
+        )
+
+
+def easy_tree(root):
+    """Two classes that differ in brightness, without a split."""
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(("dark", "light")):
+        (root / name).mkdir(parents=True)
+        for j in range(50):
+            pixels = rng.integers(0, 120, (32, 32, 3), dtype=np.uint8) + np.uint8(130 * i)
+            Image.fromarray(pixels).save(root / name / f"{j}.png")
+
+
+@pytest.mark.slow
+def test_every_training_command_of_the_readme_runs_scaled_down(tmp_path, monkeypatch):
+    """To the end, on easy images, at 32 px, for one epoch. `python train.py` itself is what .ci/run runs, and
+    torchrun has a test of its own."""
+    monkeypatch.chdir(tmp_path)
+    easy_cache(Path("data/cifar100.npz"), 80)
+    easy_tree(Path("DIR"))
+    found = re.findall(r"(?:^    |`)python train\.py( [^`|\n]+)", README, re.MULTILINE)
+    commands = sorted({text.strip() for text in found if "--dataset" in text or "--recipe" in text})
+    assert len(commands) == 8, commands
+    for recipe in train.RECIPES.values():
+        for key, value in dict(
+            epochs=1, batch_size=40, image_size=32, patch_size=8, cnn_batch_size=16
+        ).items():
+            monkeypatch.setitem(recipe, key, value)
+        monkeypatch.setitem(recipe, "teacher", "resnet8")
+        monkeypatch.setitem(recipe, "cnn_epochs", 6)
+        monkeypatch.setitem(recipe, "classes", None)  # the easy images have ten of a hundred
+    for text in commands:
+        argv = shlex.split(text)
+        more = ["--epochs", "1"] if "--model" in argv else []
+        command(monkeypatch, *argv, *more, "--out", "run")
+        assert len(records("run")[1]) == 1, text
+        shutil.rmtree("run")
+
+
+def test_the_readmes_own_transformer_trains_under_guidance(monkeypatch, tmp_path):
+    space = dict(nn=nn, torchvision=torchvision)
+    exec(README.split("```python\n")[2].split("```")[0], space)
+    monkeypatch.setitem(train.TRANSFORMERS, "swin", space["Swin"])
+    monkeypatch.chdir(tmp_path)
+    easy_cache(Path("data/cifar10.npz"), 80)
+    small = ("--dataset", "cifar10", "--batch-size", 16)
+    command(monkeypatch, *small, "--model", "resnet8", "--epochs", 6, "--out", "teacher")
+    swin = ("--model", "swin", "--epochs", 3, "--lr", 1e-3, "--image-size", 32, "--schedule", "constant")
+    command(monkeypatch, *small, *swin, "--teacher", "teacher/last.pt", "--out", "run")
+    lines = records("run")[1]
+    assert lines[2]["loss_guidance"] < 0.9 * lines[0]["loss_guidance"]
