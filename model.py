@@ -30,7 +30,8 @@ class Attention(nn.Module):
     def forward(self, x):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)  # (B, N, 3, h, d)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # three of (B, h, N, d)
+        q, k, v = qkv.unbind(2)  # three of (B, N, h, d)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # three of (B, h, N, d)
         x = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v: (B, h, N, d)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))  # heads side by side again: (B, N, D)
 
