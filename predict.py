@@ -133,7 +133,7 @@ def main():
             args.data or theirs["data"],
             theirs["classes"],
             device,
-            about["held_out"],
+            about.get("held_out"),
             split,
         )
         check_data(args.checkpoint, about, data, but_for=["test"] * (split == "other"))

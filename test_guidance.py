@@ -172,8 +172,8 @@ def test_the_loss_is_zero_for_a_copy_and_its_gradient_reaches_student_and_projec
 
 @pytest.mark.parametrize("strength", [1.0, 0.05])
 def test_the_relative_form_is_1_for_zeros_and_has_no_unit(strength):
-    """The mean form over the summed mean squares of the teacher's maps at the compared size; a
-    teacher with weaker features gives the same loss for a student whose maps are weaker in proportion."""
+    """The mean form over the summed mean squares of the teacher's maps at the compared size: a teacher with
+    weaker features gives the same loss for a student whose maps are weaker in proportion."""
     torch.manual_seed(0)
     student = [torch.randn(2, 4, 3, 3), torch.randn(2, 4, 8, 8)]
     teacher = [strength * torch.randn(2, 2, 6, 6).relu(), strength * 9 * torch.randn(2, 3, 2, 2).relu()]
@@ -327,12 +327,13 @@ def small_epoch(beta, make_optimizer):
     torch.manual_seed(0)
     weights = calibrate(resnet8(10), torch.randn(16, 3, 32, 32)).state_dict()
     checkpoint = dict(args=dict(model="resnet8", image_size=32), data=dict(num_classes=10), model=weights)
-    epoch = SimpleNamespace(student=deit_mini(10, 32, 8, drop_path=0.1), teacher=load_teacher(checkpoint))
-    epoch.guidance, epoch.beta = Guidance((96, 96, 96), (16, 32, 64)), beta
+    epoch = SimpleNamespace(teacher=load_teacher(checkpoint), beta=beta)
+    epoch.student = deit_mini(10, 64, 16, drop_path=0.1).eval()  # as the epoch before leaves it
+    epoch.guidance = Guidance((96, 96, 96), (16, 32, 64))
     epoch.optimizer = make_optimizer(epoch.student, epoch.guidance, 1e-3)
     epoch.scheduler = LambdaLR(epoch.optimizer, functools.partial(pow, 0.5))
     x = torch.from_numpy(few_glyphs()[0][:40]).permute(0, 3, 1, 2).contiguous()
-    epoch.batches = batches(x, torch.arange(40) % 10, 16, 32, torch.Generator().manual_seed(0))
+    epoch.batches = batches(x, torch.arange(40) % 10, 16, 64, torch.Generator().manual_seed(0))
     epoch.precision = make_precision(torch.device("cpu"), torch.float32)
     return epoch
 
@@ -381,7 +382,7 @@ def test_a_guided_epoch_descends_the_sum_of_cross_entropy_and_beta_times_guidanc
     def loss_of(images, labels):
         logits, features = plain.student(images)
         loss = F.cross_entropy(logits, labels)
-        _, targets = plain.teacher(images)
+        _, targets = plain.teacher(F.interpolate(images, (32, 32), mode="bilinear", align_corners=False))
         for project, maps, target in zip(plain.guidance.projections, features, targets):
             maps = F.interpolate(project(maps), target.shape[2:], mode="bilinear", align_corners=False)
             loss = loss + 2.5 * F.mse_loss(maps, target)
@@ -410,11 +411,10 @@ def test_a_guided_step_enters_at_most_5_files_and_15_functions_of_ours():
 # -------------------------------------------------------------------------------------------- whole runs
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The main command cut down: few images, 3 epochs at 32 px. All runs share the folder and the teacher."""
+    """The main command cut down: few images, 3 epochs. All runs share the folder and the teacher."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "glyphs", few_glyphs)
-        for option, value in dict(epochs=3, image_size=32, patch_size=8).items():
-            patch.setitem(train.RECIPES["glyphs"], option, value)
+        patch.setitem(train.RECIPES["glyphs"], "epochs", 3)
         patch.chdir(tmp_path_factory.mktemp("small"))
         yield
 
@@ -446,9 +446,9 @@ def test_one_command_trains_the_teacher_then_the_guided_student_and_tells_its_st
     rates = [0.05 * (1 + math.cos(math.pi * (epoch + 4 / 5) / 5)) for epoch in range(5)]
     assert [line["lr"] for line in teacher["history"]] == pytest.approx(rates)
     # both accuracies, by code of our own: the teacher's on the student's test tensors, shrunk to 32 px
-    images, labels, accuracies = prepare(data.load("glyphs").x_test, 32), data.load("glyphs").y_test, []
+    images, labels, accuracies = prepare(data.load("glyphs").x_test, 64), data.load("glyphs").y_test, []
     shrunk = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
-    for state, network, seen in ((teacher, resnet8(10), shrunk), (student, deit_mini(10, 32, 8), images)):
+    for state, network, seen in ((teacher, resnet8(10), shrunk), (student, deit_mini(10, 64, 16), images)):
         network.load_state_dict(state["model"])
         accuracies.append(100 * (network.eval()(seen)[0].argmax(dim=1) == labels).float().mean().item())
     assert f"it gets {accuracies[0]:.2f}% of the test images right, as it sees them while it guides" in told

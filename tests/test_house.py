@@ -7,7 +7,7 @@ from conftest import HERE
 
 LEVELS = (  # a file imports from the levels below it only
     {"guidance", "model", "teacher", "augment", "plumbing.files"},
-    {"plumbing.images"},
+    {"plumbing.images", "plumbing.counting", "plumbing.usual"},
     {"data", "plumbing.devices"},
     {"plumbing.runs"},
     {"plumbing.options"},

@@ -1,0 +1,570 @@
+"""plot.py: which runs share a row and a table, what the tables say, and what the figures show."""
+
+import importlib
+import json
+import math
+import runpy
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import HERE, command, few_glyphs
+from PIL import Image
+
+from model import deit_mini
+from plumbing.files import InputError
+from plumbing.options import command_line
+from teacher import resnet8
+
+
+@pytest.fixture
+def plot():
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    return importlib.import_module("plot")
+
+
+@pytest.fixture
+def figures(plot, monkeypatch):
+    """The figures that are drawn, by their file's name, instead of files."""
+    found = {}
+    monkeypatch.setattr(
+        plot, "save", lambda figure, path, named=None: found.update({Path(path).name: figure})
+    )
+    return found
+
+
+def write_run(path, accuracies, *, seconds=60.0, betas=None, origin=None, train_acc=50.0, **args):
+    """A log as train.py writes it; betas: of the first epochs, then 0."""
+    defaults = dict(dataset="cifar100", classes=None, model="deit_tiny", schedule="early", seed=0, epochs=3)
+    args = defaults | dict(beta=2.5, guide_epochs=None, augment="strong") | args
+    betas = ([] if args["schedule"] == "none" else [2.5]) if betas is None else betas
+    origin = dict(args=args, hardware="a CPU", threads=2, torch="2.15.0", teacher_acc=60.0) | (origin or {})
+    lines = [origin]
+    for epoch, accuracy in enumerate(accuracies):
+        beta = betas[epoch] if epoch < len(betas) else 0.0
+        line = dict(epoch=epoch, beta=beta, loss_cls=2.0, loss_guidance=3.0 + epoch if beta else None)
+        lines.append(line | dict(train_acc=train_acc, val_acc=accuracy, seconds=seconds))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def run_plot(plot, monkeypatch, *argv):
+    """As from the command line."""
+    monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, argv)])
+    command_line(plot.main)
+
+
+def cells(text):
+    """The rows of Markdown tables, without their headings' second lines."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_without_matplotlib_plot_says_what_to_install(monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        runpy.run_path(str(HERE / "plot.py"))
+
+
+# ------------------------------------------------------------------------------------- rows and tables
+
+
+def test_the_table_has_mean_and_deviation_of_the_last_epoch_over_the_seeds(
+    plot, tmp_path, monkeypatch, capsys
+):
+    last = [81.5, 82.25, 84.0]
+    for seed, accuracy in enumerate(last):
+        write_run(tmp_path / f"early{seed}.jsonl", [10, 90, accuracy], seconds=66.0, seed=seed)
+    write_run(tmp_path / "none.jsonl", [5, 6, 7], schedule="none")
+    write_run(tmp_path / "slow.jsonl", [5, 6, 8], seconds=120.0, schedule="none", augment="weak")
+    write_run(tmp_path / "resnet.jsonl", [1, 2, 3, 4], model="resnet56", schedule="none", epochs=4)
+    run_plot(plot, monkeypatch, *tmp_path.glob("*.jsonl"), "--out", tmp_path / "f")
+    text = (tmp_path / "f" / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    spread = f"{np.mean(last):.2f} ± {np.std(last, ddof=1):.2f}"
+    assert cells(text)[1:5] == [
+        ["deit_tiny alone, augment strong", "7.00", "1", "7.00", "7.00", "3.0", ""],
+        ["deit_tiny alone, augment weak", "8.00", "1", "8.00", "8.00", "6.0", ""],
+        ["deit_tiny + early guidance", spread, "3", "81.50, 82.25, 84.00", "90.00 ± 0.00", "3.3", "+10.0%"],
+        ["resnet56", "4.00", "1", "4.00", "4.00", "4.0", ""],
+    ]
+    for name in ("accuracy", "time", "losses"):
+        with Image.open(tmp_path / "f" / f"{name}.png") as picture:
+            assert min(picture.size) > 400 and len(np.unique(np.asarray(picture.convert("L")))) > 50
+    assert not (tmp_path / "f" / "strength.png").exists() and not (tmp_path / "f" / "gain.png").exists()
+
+
+def test_without_times_there_are_none(plot, figures, tmp_path, monkeypatch):
+    log = write_run(tmp_path / "early.jsonl", [1, 2, 3])
+    run_plot(plot, monkeypatch, log, "--out", tmp_path)
+    assert "minutes" in (tmp_path / "table.md").read_text() and "time.png" in figures
+    figures.clear()
+    run_plot(plot, monkeypatch, log, "--out", tmp_path, "--untimed")
+    assert "minutes" not in (tmp_path / "table.md").read_text() and "time.png" not in figures
+
+
+def test_wrong_options_end_in_one_line(plot, monkeypatch):
+    with pytest.raises(SystemExit, match="error: .*required.*; see python plot.py --help"):
+        run_plot(plot, monkeypatch, "--unknown")
+
+
+def test_runs_of_teachers_of_another_network_or_length_are_not_pooled(plot, tmp_path):
+    for seed, (network, length) in enumerate(
+        (("resnet8", 30), ("resnet8", 30), ("resnet20", 30), ("resnet8", 5))
+    ):
+        about = dict(teacher_model=network, teacher_epochs=length)
+        write_run(tmp_path / f"{seed}.jsonl", [1, 2, 3], seed=seed, origin=about)
+    rows = plot.read_rows(tmp_path.glob("*.jsonl"))
+    assert sorted(map(len, rows.values())) == [1, 1, 2]
+    assert "deit_tiny + early guidance, teacher model resnet20, teacher epochs 30" in rows
+
+
+def test_only_options_with_an_effect_make_another_row(plot, tmp_path):
+    """A log's args hold the command, of which each seed has its own; guidance options are idle without guidance."""
+    for seed, beta in enumerate((9.0, 30.0, 30.0)):
+        for schedule in ("none", "constant"):
+            other = dict(
+                command=f"python train.py --seed {seed}", recipe=("small", None)[seed % 2], out=f"{seed}"
+            )
+            idle = dict(beta=beta, seed=seed, schedule=schedule)
+            write_run(tmp_path / f"{schedule}{seed}.jsonl", [1, 2, 3], **idle, **other)
+    assert {name: len(runs) for name, runs in plot.read_rows(tmp_path.glob("*.jsonl")).items()} == {
+        "deit_tiny alone": 3,
+        "deit_tiny + constant guidance, beta 9": 1,
+        "deit_tiny + constant guidance, beta 30": 2,
+    }
+
+
+def test_old_logs_without_an_option_share_the_row_of_its_default(plot, tmp_path):
+    write_run(tmp_path / "old.jsonl", [1, 2, 3], seed=0)
+    write_run(tmp_path / "new.jsonl", [1, 2, 3], seed=1, reduction="mean", held_out=None)
+    write_run(tmp_path / "relative.jsonl", [1, 2, 3], seed=1, reduction="relative", held_out=None)
+    rows = plot.read_rows(tmp_path.glob("*.jsonl"))
+    assert [len(rows[f"deit_tiny + early guidance, reduction {r}"]) for r in ("mean", "relative")] == [2, 1]
+
+
+def test_guidance_adds_time_to_the_row_without_guidance_that_shares_the_other_options(plot, tmp_path):
+    def added(**runs):
+        for path in tmp_path.glob("*.jsonl"):
+            path.unlink()
+        for name, (seconds, args) in runs.items():
+            write_run(tmp_path / f"{name}.jsonl", [1, 2, 3], seconds=seconds, **args)
+        return {row[0]: row[-1] for row in cells(plot.table(plot.read_rows(tmp_path.glob("*.jsonl"))))[1:]}
+
+    none = dict(schedule="none")
+    guided = dict(weak=(110.0, dict(beta=9.0)), strong=(120.0, dict(beta=90.0)))
+    one = added(alone=(100.0, none), **guided)
+    assert list(one.values()) == ["", "+10.0%", "+20.0%"] and "deit_tiny + early guidance, beta 9" in one
+    small = (50.0, dict(schedule="none", batch_size=32))
+    several = added(
+        alone=(100.0, none | dict(batch_size=64)), small=small, early=(110.0, dict(batch_size=64))
+    )
+    assert list(several.values()) == ["", "", "+10.0%"]
+    assert list(added(alone=(100.0, none | dict(batch_size=64)), small=small, **guided).values()) == [""] * 4
+    other_model = (110.0, dict(model="deit_mini"))
+    assert list(added(alone=(100.0, none), early=other_model).values()) == ["", ""]
+
+
+def test_the_second_table_says_what_guidance_did(plot, tmp_path):
+    """By hand: 2.5 * 3 / 2 = 3.75 in the last guided epoch, of 1 in 3; 90 * 4 / 2 = 180, of 2 in 3."""
+    for seed, train_acc in enumerate((40.0, 43.0)):
+        teacher = dict(teacher_acc=60.0 + seed)
+        early = dict(seed=seed, train_acc=train_acc, origin=teacher)
+        write_run(tmp_path / f"early{seed}.jsonl", [1, 2, 70], **early)
+        write_run(tmp_path / f"strong{seed}.jsonl", [1, 2, 50], betas=[90.0, 90.0], beta=90.0, **early)
+        write_run(tmp_path / f"none{seed}.jsonl", [1, 2, 30], schedule="none", seed=seed)
+    heading, *rows = cells(plot.why(plot.read_rows(tmp_path.glob("*.jsonl"))))
+    assert heading[-1] == "mean beta" and rows == [
+        ["deit_tiny + early guidance, beta 2.5", "41.50 ± 2.12", "+9.50 ± 0.71", "3.75", "0.833"],
+        ["deit_tiny + early guidance, beta 90", "41.50 ± 2.12", "-10.50 ± 0.71", "180", "60"],
+    ]
+    assert plot.why(plot.read_rows(tmp_path.glob("none*.jsonl"))) == ""
+
+
+def test_rows_are_compared_seed_by_seed_by_a_paired_t_test(plot, tmp_path):
+    """The interval is scipy's for these numbers: stats.ttest_1samp([3, 1, 2], 0).confidence_interval()."""
+
+    def compare(seed, one, other):
+        write_run(tmp_path / f"constant{seed}.jsonl", [1, 2, one], schedule="constant", seed=seed)
+        write_run(tmp_path / f"early{seed}.jsonl", [1, 2, other], schedule="early", seed=seed)
+        return plot.paired(plot.read_rows(tmp_path.glob("*.jsonl"))).splitlines()[-1:]
+
+    assert compare(0, 70, 73) == []  # one pair has no deviation
+    compare(1, 60, 61)
+    line = compare(2, 65, 67)[0]
+    assert "| deit_tiny + early guidance, minus deit_tiny + constant guidance | +2.00 ± 1.00 | 3 | " in line
+    assert line.endswith("| -0.48 to +4.48 | not told apart |")
+    compare(3, 60, 62)
+    assert compare(4, 60, 62)[0].endswith("| higher |")
+    for seed in range(5, 12):
+        line = compare(seed, 62, 60)[0]
+    assert "| 12 |" in line
+
+
+def test_the_tables_come_in_order_in_one_file(plot, figures, tmp_path, monkeypatch):
+    for seed in range(2):
+        for schedule in ("none", "early"):
+            write_run(tmp_path / f"{schedule}{seed}.jsonl", [1, 2, 3 + seed], schedule=schedule, seed=seed)
+    run_plot(plot, monkeypatch, *tmp_path.glob("*.jsonl"), "--out", tmp_path)
+    rows = plot.read_rows(tmp_path.glob("*.jsonl"))
+    text = (tmp_path / "table.md").read_text()
+    assert text == "\n".join((plot.table(rows), plot.why(rows), plot.paired(rows)))
+    assert text.count("\n\n|") == 2  # Markdown wants an empty line between tables
+
+
+# --------------------------------------------------------------------------- which runs share a table
+
+
+def keep(plot, paths):
+    """The files that get into the table."""
+    return {run.path for runs in plot.read_rows(paths).values() for run in runs}
+
+
+@pytest.mark.parametrize(
+    "reason, change",
+    [
+        ("cifar10, not cifar100", dict(dataset="cifar10")),
+        ("cifar100 with 20 classes, not cifar100", dict(classes=20)),
+        ("cifar100 with 0.2 held out, not cifar100", dict(held_out=0.2)),
+        ("cifar100 with 0.2 held out, not cifar100", dict(origin=dict(data=dict(held_out=0.2)))),
+        ("images a and c, not images a and b", dict(origin=dict(data=dict(train="a", test="c")))),
+        ("2 epochs, not 3 epochs", dict(epochs=2, accuracies=[1, 2])),
+        ("2 of 3 epochs", dict(accuracies=[1, 2])),
+        ("0 of 3 epochs", dict(accuracies=[])),
+    ],
+)
+def test_runs_unlike_most_students_are_left_out_and_named_in_one_line(plot, tmp_path, capsys, reason, change):
+    known = dict(data=dict(train="a", test="b"))
+    good = [write_run(tmp_path / f"b{seed}.jsonl", [1, 2, 3], seed=seed, origin=known) for seed in range(2)]
+    good.append(write_run(tmp_path / "old.jsonl", [1, 2, 3], seed=2))  # its log does not say which images
+    good.append(write_run(tmp_path / "cnn.jsonl", [1], model="resnet56", schedule="none", epochs=1))
+    assert keep(plot, good) == {*good} and capsys.readouterr().out == ""
+    args = dict(accuracies=[1, 2, 3], seed=5) | change
+    bad = [write_run(tmp_path / f"a{i}.jsonl", **args | dict(seed=i)) for i in range(2)]
+    assert keep(plot, [*bad, *good]) == {*good}
+    assert capsys.readouterr().out == f"left out: {bad[0]}, {bad[1]} ({reason})\n"
+
+
+def test_students_choose_the_data_set_and_a_draw_goes_to_the_first_name(plot, tmp_path):
+    student = write_run(tmp_path / "student.jsonl", [1, 2, 3])
+    cnn = dict(dataset="cifar10", model="resnet56", schedule="none")
+    cnns = [write_run(tmp_path / f"cnn{seed}.jsonl", [1, 2, 3], seed=seed, **cnn) for seed in range(3)]
+    assert keep(plot, [student, *cnns]) == {student} and keep(plot, cnns) == {*cnns}
+    other = write_run(tmp_path / "other.jsonl", [1, 2, 3], dataset="cifar10")
+    assert keep(plot, [student, other]) == {other}
+
+
+def test_where_no_run_is_finished_one_line_says_so(plot, tmp_path, monkeypatch):
+    logs = [write_run(tmp_path / f"{name}.jsonl", [1, 2]) for name in "ab"]
+    with pytest.raises(
+        SystemExit, match=r"^error: no run is finished: .*a.jsonl, .*b.jsonl \(2 of 3 epochs\); finish"
+    ):
+        run_plot(plot, monkeypatch, *logs, "--out", tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_seed_that_a_row_has_twice_is_refused(plot, tmp_path):
+    logs = [write_run(tmp_path / f"{name}.jsonl", [1, 2, 3]) for name in "ab"]
+    with pytest.raises(InputError, match="b.jsonl repeats seed 0"):
+        plot.read_rows(logs)
+
+
+def test_a_damaged_log_is_an_error_with_its_name(plot, tmp_path):
+    good = write_run(tmp_path / "a.jsonl", [1, 2, 3])
+    bad = tmp_path / "b.jsonl"
+    no_teacher = good.read_text().replace('"teacher_acc"', '"teacher"')
+    words = good.read_text().replace('"val_acc": 2', '"val_acc": "two"')
+    unknown = good.read_text().replace('"early"', '"late"')
+    empty = json.dumps(dict(args=dict(epochs=0)))
+    for content in (
+        "",
+        "{}",
+        "[1]",
+        "no json",
+        '{"args": {}}',
+        empty,
+        good.read_text()[:-9],
+        no_teacher,
+        words,
+        unknown,
+    ):
+        bad.write_text(content)
+        with pytest.raises(InputError, match="b.jsonl is no log of train.py"):
+            plot.read_rows([good, bad])
+    with pytest.raises(InputError, match="absent"):
+        plot.read_rows([good, tmp_path / "absent"])
+
+
+def test_tables_and_figures_say_that_accuracy_was_measured_on_held_out_images(
+    plot, figures, tmp_path, monkeypatch
+):
+    for seed in range(3):
+        for schedule, beta in (("early", 9.0), ("constant", 3.0)):
+            args = dict(schedule=schedule, beta=beta, seed=seed, held_out=0.2)
+            write_run(tmp_path / f"{schedule}{seed}.jsonl", [1, 2, 3], **args)
+    run_plot(plot, monkeypatch, *tmp_path.glob("*.jsonl"), "--out", tmp_path)
+    assert "held-out accuracy % of the last epoch" in (tmp_path / "table.md").read_text()
+    assert "val" not in (tmp_path / "table.md").read_text().replace("interval", "")
+    for name in ("accuracy.png", "time.png", "strength.png", "gain.png"):
+        assert "held-out accuracy" in figures[name].axes[0].get_ylabel(), name
+
+
+@pytest.mark.parametrize(
+    "folder, values",
+    [
+        ("cifar100-20classes", ["36.35 ± 1.86", "63.53 ± 0.33", "59.53 ± 0.53", "63.20", "60.00"]),
+        ("glyphs", ["30.63 ± 9.32", "95.93 ± 0.31", "81.70 ± 4.63", "98.97 ± 0.47"]),
+    ],
+)
+def test_the_committed_tables_are_what_plot_makes_of_the_committed_logs(
+    plot, figures, tmp_path, monkeypatch, folder, values
+):
+    untimed = ["--untimed"] if folder == "cifar100-20classes" else []
+    run_plot(plot, monkeypatch, *(HERE / "results" / folder).glob("*.jsonl"), "--out", tmp_path, *untimed)
+    text = (tmp_path / "table.md").read_text()
+    assert text == (HERE / "figures" / folder / "table.md").read_text()
+    assert [row[1] for row in cells(text)[1 : 1 + len(values)]] == values  # as the README had them all along
+    assert {"accuracy.png", "losses.png"} <= figures.keys()
+
+
+# --------------------------------------------------------------------------------------------- figures
+
+
+def test_the_guidance_loss_is_the_mean_over_the_seeds_that_are_still_guided(plot, tmp_path):
+    """Seeds 0 and 1 are guided for one epoch and three; write_run's loss is 3 + epoch."""
+    for seed, betas in enumerate(([2.5], [2.5, 2.5, 2.5])):
+        args = dict(schedule="adaptive", seed=seed, epochs=4)
+        write_run(tmp_path / f"{seed}.jsonl", [1, 2, 3, 4], betas=betas, **args)
+    write_run(tmp_path / "none.jsonl", [1, 2, 3, 4], schedule="none", epochs=4)
+    rows = plot.read_rows(tmp_path.glob("*.jsonl"))
+    _, [[axes]] = plot.subplots()
+    with warnings.catch_warnings(action="error"):
+        for i, (name, runs) in enumerate(rows.items()):
+            plot.curve(axes, i, name, runs, "loss_guidance")
+    alone, adaptive = (np.ma.filled(line.get_ydata(), np.nan) for line in axes.lines)
+    np.testing.assert_array_equal(adaptive, [3, 4, 5, np.nan])
+    assert np.isnan(alone).all()
+
+
+def test_the_end_of_guidance_is_marked_on_the_curves_of_accuracy(plot, figures, tmp_path, monkeypatch):
+    """At the first epoch without guidance, counted from 1; an adaptive row has a mark for every seed's own."""
+    logs = [
+        write_run(tmp_path / "none.jsonl", [1, 2, 3], schedule="none"),
+        write_run(tmp_path / "constant.jsonl", [1, 2, 3], schedule="constant", betas=[2.5] * 3),
+        write_run(tmp_path / "early.jsonl", [10, 20, 30], schedule="early"),
+        write_run(tmp_path / "adaptive0.jsonl", [1, 4, 7], schedule="adaptive", betas=[2.5]),
+        write_run(tmp_path / "adaptive1.jsonl", [1, 6, 9], schedule="adaptive", betas=[2.5, 2.5], seed=1),
+    ]
+    run_plot(plot, monkeypatch, *logs, "--out", tmp_path)
+    axes = figures["accuracy.png"].axes[0]
+    marks = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "|"]
+    assert marks == [[], [], [[2, 20]], [[2, 5], [3, 8]]]
+    assert "|: guidance has ended" in axes.get_xlabel()
+    assert not [
+        line for axes in figures["losses.png"].axes for line in axes.lines if line.get_marker() == "|"
+    ]
+
+
+def test_strength_shows_accuracy_by_beta_of_rows_that_differ_in_nothing_else(plot, figures, tmp_path):
+    for seed in range(2):
+        for schedule, beta, guide_epochs, accuracy in (
+            ("constant", 3.0, None, 40),
+            ("constant", 30.0, None, 50),
+            ("early", 30.0, None, 60),
+            ("early", 30.0, 2, 70),
+        ):
+            args = dict(schedule=schedule, beta=beta, guide_epochs=guide_epochs, seed=seed)
+            path = tmp_path / f"{schedule}-{beta}-{guide_epochs}-{seed}.jsonl"
+            write_run(path, [1, 2, accuracy + 4 * seed], **args)
+    write_run(tmp_path / "slow.jsonl", [1, 2, 99], schedule="constant", beta=90.0, lr=1e-5)
+    plot.draw_strength(plot.read_rows(tmp_path.glob("*.jsonl")), tmp_path)
+    axes = figures["strength.png"].axes[0]
+    shown = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axes.containers}
+    assert axes.get_xscale() == "log" and shown == {
+        "+ constant guidance": [[3, 42], [30, 52]],
+        "+ early guidance": [[30, 62]],
+        "+ early guidance, 2 epochs": [[30, 72]],
+    }
+    low, high = axes.containers[0].lines[2][0].get_segments()[1][:, 1]
+    assert (low, high) == (50, 54)  # from the lowest seed to the highest
+    figures.clear()
+    plot.draw_strength(plot.read_rows([*tmp_path.glob("*-30.0-*.jsonl"), tmp_path / "slow.jsonl"]), tmp_path)
+    assert not figures  # one strength, and another under another learning rate
+
+
+def test_gain_has_a_point_for_every_pair_of_an_early_and_a_constant_run(plot, figures, tmp_path):
+    for seed in range(3):
+        args = dict(seed=seed, lr=1e-3)
+        write_run(tmp_path / f"constant{seed}.jsonl", [1, 2, 50], train_acc=40, schedule="constant", **args)
+        write_run(tmp_path / f"early{seed}.jsonl", [1, 2, 52 + seed], train_acc=43 - seed, **args)
+    write_run(tmp_path / "alone.jsonl", [1, 2, 10], schedule="none", lr=1e-3)
+    write_run(tmp_path / "other-rate.jsonl", [1, 2, 10], lr=1e-4)
+    write_run(tmp_path / "other-seed.jsonl", [1, 2, 10], lr=1e-3, seed=7)
+    plot.draw_gain(plot.read_rows(tmp_path.glob("*.jsonl")), tmp_path)
+    lines = [line for line in figures["gain.png"].axes[0].lines if line.get_marker() != "None"]
+    assert [line.get_xydata().tolist() for line in lines] == [[[3, 2], [2, 3], [1, 4]]]
+    figures.clear()
+    (tmp_path / "early2.jsonl").unlink()
+    plot.draw_gain(plot.read_rows(tmp_path.glob("*.jsonl")), tmp_path)
+    assert not figures  # two pairs
+
+
+def test_long_legends_leave_room_for_the_curves(plot, tmp_path, monkeypatch):
+    for beta in range(1, 13):
+        args = dict(beta=float(beta), guide_epochs=beta, schedule="early", augment=f"{beta}" * 20)
+        write_run(tmp_path / f"{beta}.jsonl", [1, 2, 3], **args)
+    drawn = []
+    monkeypatch.setattr(plot, "write_whole", lambda path, save: save(path))
+    monkeypatch.setattr(
+        plot, "subplots", lambda *args, make=plot.subplots: drawn.append(make(*args)) or drawn[-1]
+    )
+    plot.draw_curves(plot.read_rows(tmp_path.glob("*.jsonl")), tmp_path, timed=False)
+    figure, [[axes]] = drawn[0]
+    box, legend = axes.get_window_extent(), figure.legends[0].get_window_extent()
+    width, height = figure.get_size_inches() * figure.dpi
+    assert box.width > 3 * figure.dpi and box.height > 2.5 * figure.dpi
+    assert 0 <= legend.x0 and legend.x1 <= width and legend.y1 <= box.y0
+
+
+def test_confusion_shows_true_classes_in_rows_as_shares_with_their_counts(plot, figures, tmp_path):
+    counts = np.array([[8, 2, 0], [0, 5, 0], [0, 0, 0]])  # no image of the third
+    with warnings.catch_warnings(action="error"):
+        plot.confusion(counts, ["cat", "dog", "$ign"], "c.png")
+    axes = figures["c.png"].axes[0]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[80, 20, 0], [0, 100, 0], [0, 0, 0]])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", r"\$ign"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+    assert {text.get_position(): text.get_text() for text in axes.texts}[(1, 0)] == "2"
+    many = torch.eye(26, dtype=torch.long)
+    plot.confusion(many, [str(i) for i in range(26)], "many.png")
+    assert not figures["many.png"].axes[0].texts
+
+
+def test_confusion_is_drawn_as_the_kind_of_file_that_its_name_says(plot, tmp_path):
+    names = ["$5_note", "a" * 300]
+    for ending, start in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")):
+        with warnings.catch_warnings(action="error"):
+            plot.confusion(np.eye(2, dtype=int), names, tmp_path / f"c{ending}")
+        assert (tmp_path / f"c{ending}").read_bytes().startswith(start)
+    for name in ("c", "c.txt"):
+        with pytest.raises(InputError, match=r"cannot draw .*c.*ends in .png, .svg or .pdf"):
+            plot.confusion(np.eye(2, dtype=int), names, tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"c.png", "c.svg", "c.pdf", "c.PNG"}
+
+
+# ---------------------------------------------------------------------------------------------- --look
+
+
+def randomise(model):
+    """Weights away from their initial zeros, so that no term of a comparison vanishes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape)
+    return model
+
+
+def test_attention_is_that_of_torch(plot):
+    torch.manual_seed(0)
+    model, images = randomise(deit_mini(10, 32, 8)).eval(), torch.randn(2, 3, 32, 32)
+    weights = plot.attention(model, images)
+    assert len(weights) == 6 and weights[0].shape == (2, 3, 17, 17)
+    torch.testing.assert_close(weights[3].sum(dim=3), torch.ones(2, 3, 17))
+    x = torch.cat((model.cls_token.expand(2, -1, -1), model.patch_embed(images).flatten(2).mT), 1)
+    x = x + model.pos_embed
+    for block, found in zip(model.blocks, weights):  # torch's own attention with an identity in place of v
+        q, k, _ = block.attn.qkv(block.norm1(x)).view(2, 17, 3, 3, 32).permute(2, 0, 3, 1, 4)
+        identity = torch.eye(17).expand(2, 3, 17, 17)
+        torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, identity))
+        x = block(x)
+
+
+def test_attention_distance_is_that_of_known_cases(plot):
+    side, patch = 4, 8
+    places = [(patch * row, patch * column) for row in range(side) for column in range(side)]
+    apart = [[math.dist(a, b) for b in places] for a in places]
+    uniform = torch.full((1, 1, 17, 17), 1 / 17)
+    assert plot.attention_distance(uniform, patch).item() == pytest.approx(np.mean(apart), rel=1e-5)
+    itself = torch.eye(17)[None, None]
+    assert plot.attention_distance(itself, patch).item() == 0
+    corner = torch.zeros(1, 1, 17, 17)
+    corner[..., 0], corner[..., 1] = (
+        0.75,
+        0.25,
+    )  # mostly to cls, which does not count, else to the first patch
+    assert plot.attention_distance(corner, patch).item() == pytest.approx(np.mean(apart[0]), rel=1e-5)
+    corner[0, 0, 5:], corner[0, 0, 5:, 0] = 0, 1  # most patches look at nothing but cls: they do not count
+    first = np.mean(apart[0][:4])
+    assert plot.attention_distance(corner, patch).item() == pytest.approx(first, rel=1e-5)
+    two = plot.attention_distance(torch.cat((uniform, itself), dim=1), patch)  # heads are kept apart
+    assert two.shape == (2,) and two[1] == 0 and two[0] > 10
+
+
+@pytest.mark.slow
+def test_look_draws_the_inside_of_every_row_from_checkpoints(plot, small_glyphs, monkeypatch, capsys):
+    for beta in ("2.5", "9"):
+        command(monkeypatch, "--epochs", 2, "--beta", beta, "--out", beta)
+    command(monkeypatch, "--epochs", 2, "--schedule", "none", "--out", "none")
+    look = ("none", "2.5", "9", "runs/glyphs-resnet8-seed0", "--look")
+    run_plot(plot, monkeypatch, *look)
+    of_logs = {"table.md", "accuracy.png", "time.png", "losses.png", "strength.png"}
+    maps = {f"maps-deit_mini-early-guidance-beta-{beta}.png" for beta in ("2.5", "9")}  # a file for each row
+    assert {path.name for path in Path("figures").iterdir()} == {
+        *of_logs,
+        "examples.png",
+        "attention.png",
+        *maps,
+    }
+    capsys.readouterr()
+    Path("runs/glyphs-resnet8-seed0/last.pt").unlink()
+    run_plot(plot, monkeypatch, *look, "--out", "f")
+    line = "no maps of deit_mini + early guidance, beta 9: its teacher runs/glyphs-resnet8-seed0/last.pt is not there"
+    assert line in capsys.readouterr().out.splitlines()
+    assert not list(Path("f").glob("maps*")) and Path("f/attention.png").exists()
+    Path("9/last.pt").unlink()
+    with pytest.raises(SystemExit, match="error: there is no file 9/last.pt"):
+        run_plot(plot, monkeypatch, *look)
+
+
+def test_maps_are_standardised_and_share_one_colour_scale(plot, figures, tmp_path):
+    torch.manual_seed(0)
+    student, teacher = randomise(deit_mini(10, 32, 8)).eval(), resnet8(10).eval()
+    about = dict(
+        args=dict(model="resnet8", dataset="glyphs", classes=None, image_size=32, patch_size=None, epochs=1)
+    )
+    about |= dict.fromkeys(
+        ("projections", "optimizer", "generator", "guiding", "adaptive", "origin", "history")
+    )
+    torch.save(about | dict(model=teacher.state_dict(), data=dict(num_classes=10)), tmp_path / "last.pt")
+    projections = plot.Guidance(student.feature_channels, teacher.feature_channels).state_dict()
+    state = dict(origin=dict(teacher=str(tmp_path / "last.pt")), projections=projections)
+    images = torch.randn(2, 3, 32, 32)
+    plot.draw_maps("a row", student, state, images, tmp_path)
+    panels = np.array(figures["maps-a-row.png"].axes).reshape(2, 7)
+    shown = [np.asarray(axes.images[0].get_array()) for axes in panels[1, 1:]]
+    assert {axes.images[0].get_clim() for axes in panels[:, 1:].flat} == {(-3, 3)}
+    with torch.no_grad():
+        theirs, ours = teacher(images)[1], student(images)[1]
+    for stage in range(3):
+        weight, bias = (projections[f"projections.{stage}.{name}"] for name in ("weight", "bias"))
+        projected = torch.einsum("dhw,cd->chw", ours[stage][1], weight[:, :, 0, 0]) + bias[:, None, None]
+        for found, maps in zip(shown[2 * stage :], (theirs[stage][1], projected)):
+            plain = maps.mean(dim=0).numpy()
+            expected = (plain - plain.mean()) / plain.std()
+            np.testing.assert_allclose(found, expected, atol=2e-2)
+            assert abs(found.mean()) < 1e-4
+    titles = [axes.get_title() for axes in panels[0, 1:]]
+    assert titles == ["teacher 1", "student 1", "teacher 2", "student 2", "teacher 3", "student 3"]
+
+
+def test_look_at_runs_with_held_out_images_leaves_test_images_alone(plot, small_glyphs, figures, tmp_path):
+    args = dict(dataset="glyphs", data="data", model="resnet8", schedule="none", held_out=0.25)
+    rows = plot.read_rows([write_run(tmp_path / "cnn.jsonl", [1, 2, 3], **args)])
+    plot.look(rows, tmp_path)
+    training = {image.tobytes() for image in few_glyphs()[0]}
+    shown = [np.asarray(axes.images[0].get_array(), np.uint8) for axes in figures["examples.png"].axes]
+    assert len(shown) == 32 and all(image.tobytes() in training for image in shown)
