@@ -330,18 +330,8 @@ def test_output_that_nobody_reads_on_ends_without_a_traceback(monkeypatch):
     sys.stdout.close()  # as Python does when it ends: nothing is left that could not be written
 
 
-@pytest.mark.parametrize(
-    "failing",
-    [
-        lambda: torch.empty(2**60),
-        raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation")),
-        raises(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")),
-        raises(MemoryError()),
-    ],
-    ids=["CPU", "CUDA", "MPS", "Python"],
-)
-def test_a_full_memory_ends_with_one_line(failing):
-    code, told = end_of(failing)
+def test_a_batch_that_does_not_fit_into_memory_ends_with_one_line():
+    code, told = end_of(lambda: torch.empty(2**60))
     assert code == 1
     assert re.fullmatch(r"error: out of memory \([^\n]+\); choose a smaller --batch-size [^\n]+\n", told), (
         told

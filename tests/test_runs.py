@@ -1,0 +1,540 @@
+"""A run and its folder: what it writes and says, how it is interrupted, killed and resumed, whom it lets guide it."""
+
+import itertools
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import HERE, command, easy_cache, process, records, same_runs, small_cache
+
+import train
+from plumbing import options, runs
+from plumbing.files import InputError
+
+EASY = ("--dataset", "cifar10", "--batch-size", "16")  # on easy_cache
+CNN = (*EASY, "--model", "resnet8", "--epochs", "4")
+MINI = (*EASY, "--model", "deit_mini", "--image-size", "32", "--patch-size", "8", "--epochs", "3")
+TAUGHT = (*MINI, "--teacher", "teacher/last.pt")
+GUIDED = (*TAUGHT, "--guide-epochs", "2")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder with easy images, a teacher of them and a student that it guided in two epochs of three."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        easy_cache(Path("data/cifar10.npz"))
+        train.run(train.parse([*CNN, "--out", "teacher"]))
+        train.run(train.parse([*GUIDED, "--out", "student"]))
+    return folder
+
+
+@pytest.fixture
+def place(shared, tmp_path, monkeypatch):
+    """A copy of `shared` to work in."""
+    shutil.copytree(shared, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def change_checkpoint(path, change):
+    state = torch.load(path)
+    change(state)
+    torch.save(state, path)
+
+
+def interrupt(monkeypatch, epoch, *argv):
+    """Runs the command until Ctrl-C comes at the end of this epoch, counted from 0 and from where it starts."""
+    calls, whole_epoch = itertools.count(), train.train_epoch
+
+    def stopped(*given):
+        result = whole_epoch(*given)
+        if next(calls) == epoch:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_epoch", stopped)
+        with pytest.raises(SystemExit) as end:
+            command(patch, *argv)
+    assert end.value.code == 130
+
+
+# ----------------------------------------------------------------------------------- what is said and written
+
+
+def test_in_a_notebook_a_run_returns_its_history_and_leaves_signals_alone(place):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    history = train.run(train.parse([*GUIDED, "--epochs", "2", "--out", "run"]))
+    assert [line["epoch"] for line in history] == [0, 1] and records("run")[1] == history
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.parametrize("model", ["resnet18", "resnet20", "resnet56", "deit_tiny"])
+def test_every_model_is_a_row_of_the_table(place, monkeypatch, model):
+    small = ("--epochs", 1, "--batch-size", 80, "--image-size", 32, "--schedule", "none")
+    command(monkeypatch, *EASY, "--model", model, *small)
+    row = f"{model}-none" if model == "deit_tiny" else model
+    origin, (epoch,) = records(f"runs/cifar10-{row}-seed0")
+    assert epoch["beta"] == 0 and origin["args"]["model"] == model
+
+
+def test_the_log_tells_where_a_run_comes_from_before_it_trains(place, monkeypatch):
+    def stopped(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train, "train_epoch", stopped)
+    with pytest.raises(SystemExit, match="^error: out of memory .*choose a smaller --batch-size"):
+        command(monkeypatch, *GUIDED, "--out", "my run")
+    origin, epochs = records("my run")
+    assert epochs == [] and origin["command"] == shlex.join(
+        ["python", "train.py", *GUIDED, "--out", "my run"]
+    )
+    head = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    assert (origin["git_commit"] or "").removesuffix("-dirty") == head.strip()
+    assert origin["args"]["epochs"] == 3 and origin["torch"] == torch.__version__
+
+
+def test_without_git_the_log_has_no_commit(place, monkeypatch):
+    def no_git(*args, **options):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(runs.subprocess, "check_output", no_git)
+    command(monkeypatch, *MINI, "--epochs", 1, "--schedule", "none", "--out", "run")
+    assert records("run")[0]["git_commit"] is None
+
+
+def test_an_automatic_teachers_log_holds_a_command_that_makes_it_again(place, monkeypatch):
+    for option, value in dict(cnn_epochs=4, cnn_batch_size=16).items():
+        monkeypatch.setitem(train.RECIPES["paper"], option, value)
+    Path("data").rename("my data")
+    command(monkeypatch, *MINI, "--epochs", 1, "--seed", 2, "--data", "my data", "--teacher", "resnet8")
+    teacher = "runs/cifar10-resnet8-seed2"
+    python, program, *argv = shlex.split(records(teacher)[0]["command"])
+    assert (python, program) == ("python", "train.py") and "--data=my data" in argv
+    command(monkeypatch, *argv, "--out", "again")
+    assert same_runs(teacher, "again") and len(records("again")[1]) == 4
+
+
+def test_small_and_unbalanced_sets_are_trained_on_and_described(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_cache(Path("data/cifar10.npz"), y_train=np.array([*range(10), *[0] * 10]))
+    for batch_size, told in (
+        (64, "1 steps of 20 images\n"),
+        (16, "1 steps of 16 images, which leaves out 4 images"),
+    ):
+        out = f"run{batch_size}"
+        command(monkeypatch, *CNN, "--epochs", 1, "--batch-size", batch_size, "--out", out)
+        printed = capsys.readouterr().out
+        assert (
+            f"training: 1 epochs of {told}" in printed
+            and "(from 1 of 'class 1' to 11 of 'class 0')" in printed
+        )
+
+
+def told_of(seconds_a_step, steps, monkeypatch, capsys, epoch=0, schedule="early"):
+    """What Progress prints in an epoch of the paper's recipe."""
+    seconds = itertools.count(100.0, seconds_a_step)  # the clock goes on once a step
+    args = train.parse(["--dataset", "cifar100", "--schedule", schedule])
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
+    now = [next(seconds)]
+    progress = runs.Progress([(None, torch.zeros(128))] * steps, args, epoch, steps, torch.device("cpu"))
+    for _ in progress:
+        now[0] = next(seconds)
+    return capsys.readouterr().out
+
+
+def test_a_run_of_days_says_so_after_four_steps_and_names_a_smaller_command(monkeypatch, capsys):
+    told = told_of(10.0, 390, monkeypatch, capsys)  # 390 steps of 300 epochs
+    assert told.splitlines() == [
+        "expected time: 13 days, 13:00:00, less once guidance ends",
+        "That is long. The same method, small enough for a CPU: python train.py --recipe small",
+    ]
+    assert train.parse(["--recipe", "small"])  # it is a command that exists
+
+
+def test_the_expected_time_of_short_runs_and_other_schedules(monkeypatch, capsys):
+    assert told_of(0.01, 390, monkeypatch, capsys) == "expected time: 0:19:30, less once guidance ends\n"
+    for schedule, less in (("adaptive", ", less once guidance ends"), ("constant", ""), ("none", "")):
+        told = told_of(0.01, 390, monkeypatch, capsys, schedule=schedule)
+        assert told == f"expected time: 0:19:30{less}\n"
+    assert told_of(1.0, 3, monkeypatch, capsys).startswith("expected time: 0:15:00")  # never four steps
+    assert told_of(1.0, 390, monkeypatch, capsys, epoch=1) == ""
+
+
+def test_the_last_epoch_is_the_result_and_the_best_one_stands_beside_it(capsys):
+    history = [dict(epoch=i, val_acc=acc, seconds=30.4) for i, acc in enumerate((50.0, 71.25, 70.5))]
+    runs.show_result(train.parse([]), history)
+    assert "val_acc 70.50% after the last epoch (best 71.25%, epoch 1), 0:01:31" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- going on after a stop
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_a_guided_run_that_is_interrupted_goes_on_by_the_command_it_names_to_the_same_end(
+    place, monkeypatch, capsys, epoch
+):
+    """In the first guided epoch, the last one, and the one without guidance."""
+    interrupt(monkeypatch, epoch, *GUIDED, "--out", "my parts")
+    assert len(records("my parts")[1]) == epoch
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"\nstopped; to go on: python train\.py [^\n]* --out 'my parts' --resume\n", told), (
+        told
+    )
+    command(monkeypatch, *shlex.split(told)[6:])  # after "stopped; to go on: python train.py"
+    assert same_runs("student", "my parts")
+    assert [line["beta"] for line in records("my parts")[1]] == [2.5, 1.25, 0]
+    sessions = records("my parts")[0].get("resumed", [])  # the log tells of the interruption
+    assert [session["epoch"] for session in sessions] == [epoch] * (epoch > 0)
+
+
+def test_an_interrupted_cnn_goes_on_to_the_same_end(place, monkeypatch):
+    interrupt(monkeypatch, 2, *CNN, "--out", "parts")
+    command(monkeypatch, *CNN, "--out", "parts", "--resume")
+    assert same_runs("teacher", "parts")
+
+
+def test_options_that_are_not_given_again_are_as_they_were(place, monkeypatch):
+    begun = (*MINI, "--schedule", "none", "--seed", "3", "--lr", "1e-4", "--out", "run")
+    Path("data").rename("elsewhere")
+    interrupt(monkeypatch, 1, *begun, "--data", "elsewhere")
+    command(monkeypatch, "--out", "run", "--resume")
+    assert len(records("run")[1]) == 3
+    interrupt(monkeypatch, 1, *MINI, "--schedule", "none", "--data", "elsewhere")  # in its default folder
+    row = ("--dataset", "cifar10", "--model", "deit_mini", "--schedule", "none")
+    command(monkeypatch, *row, "--resume")
+    assert len(records("runs/cifar10-deit_mini-none-seed0")[1]) == 3
+
+
+def test_a_run_is_not_resumed_with_other_options(place, monkeypatch):
+    for other, message in (
+        (["--lr", "1"], "was made with other options: lr was 0.1, is 1.0; choose the same$"),
+        (
+            ["--epochs", "9"],
+            "epochs was 4, is 9; choose the same, or start a longer run .* --init teacher/last.pt",
+        ),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            command(monkeypatch, *CNN, *other, "--out", "teacher", "--resume")
+
+
+@pytest.mark.parametrize("lost", ["log", "line"])
+def test_a_log_that_is_lost_or_a_line_short_is_rebuilt_from_the_checkpoint(place, monkeypatch, lost):
+    """A kill between checkpoint and log leaves it a line short."""
+    interrupt(monkeypatch, 2, *GUIDED, "--out", "parts")
+    log, begun = Path("parts/log.jsonl"), records("parts")[0]
+    if lost == "log":
+        log.unlink()
+    else:
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    command(monkeypatch, *GUIDED, "--out", "parts", "--resume")
+    origin, epochs = records("parts")
+    assert same_runs("student", "parts") and len(epochs) == 3
+    assert origin["started"] == begun["started"] and [s["epoch"] for s in origin["resumed"]] == [2]
+
+
+def test_a_finished_run_is_resumed_without_any_change(place, monkeypatch, capsys):
+    before = Path("student/last.pt").read_bytes(), records("student")
+    Path("student/log.jsonl").unlink()
+    command(monkeypatch, *GUIDED, "--out", "student", "--resume")
+    assert (Path("student/last.pt").read_bytes(), records("student")) == before
+    assert "result: deit_mini on cifar10" in capsys.readouterr().out
+
+
+def test_a_run_of_an_older_version_is_not_resumed_but_still_guides(place, monkeypatch):
+    """Its learning rates were others: going on would mix two recipes. As a teacher it is as good as any."""
+    change_checkpoint("teacher/last.pt", lambda state: state.pop("scheduler"))
+    with pytest.raises(SystemExit, match="begun by an older train.py, .* start another --out"):
+        command(monkeypatch, *CNN, "--out", "teacher", "--resume")
+    command(monkeypatch, *GUIDED, "--epochs", 1, "--out", "run")
+    change_checkpoint("teacher/last.pt", lambda state: state["data"].pop("train"))
+    with pytest.raises(
+        SystemExit, match="made by an older train.py, which knew its data less well: train it again"
+    ):
+        command(monkeypatch, *GUIDED, "--epochs", 1, "--out", "run2")
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit_and_the_order_of_options_does_not_matter(place):
+    """SIGKILL in real processes while guidance is adaptive: before the first epoch is over, and in the third."""
+    pairs = {**dict(zip(TAUGHT[::2], TAUGHT[1::2])), "--schedule": "adaptive", "--epochs": "4"}
+    argv, backwards = (
+        [word for pair in given for word in pair] for given in (pairs.items(), reversed(pairs.items()))
+    )
+    uninterrupted = process(place, *argv, "--out", "whole")
+    for line, resume in (("log and checkpoint", []), ("epoch   1", ["--resume"])):
+        running = process(place, *backwards, "--out", "parts", *resume)
+        assert next(told for told in running.stdout if told.startswith(line))
+        time.sleep(0.05)
+        running.kill()
+        running.communicate()
+    running = process(place, *backwards, "--out", "parts", "--resume")
+    assert running.communicate()[1] == "" and running.returncode == 0
+    uninterrupted.communicate()
+    assert uninterrupted.returncode == 0 and same_runs("whole", "parts")
+    (session,) = records("parts")[0]["resumed"]
+    assert session["epoch"] >= 2 and runs.load_checkpoint("whole/last.pt")["adaptive"]
+    assert not list(place.rglob("*.partial"))
+
+
+# ------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_a_run_at_once_and_names_the_command_that_goes_on(place, name, code):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job and its children ignore it
+    running = process(place, *CNN, "--epochs", "400", "--out", "my run")
+    assert next(line for line in running.stdout if line.startswith("epoch   1"))
+    running.send_signal(getattr(signal, name))
+    began = time.monotonic()
+    told = running.communicate()[1]
+    assert running.returncode == code and time.monotonic() - began < 10
+    assert re.fullmatch(r"\nstopped; to go on: python [^\n]*train\.py .*--out 'my run' --resume\n", told), (
+        told
+    )
+    assert len(records("my run")[1]) >= 2
+
+
+def test_a_sigterm_that_comes_while_a_run_ends_does_not_cut_off_the_reason(place, monkeypatch):
+    """torchrun sends one to every process as soon as another has failed, be it an instant after this one."""
+
+    class Late(InputError):
+        def __str__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return "the reason"
+
+    def fails(*given):
+        raise Late
+
+    monkeypatch.setattr(train, "run", fails)
+    with pytest.raises(SystemExit, match="^error: the reason$"):
+        command(monkeypatch, *CNN)
+
+
+# --------------------------------------------------------------------------------------------------- locks
+
+
+def test_two_processes_never_train_into_one_folder(place, monkeypatch):
+    with runs.locked(Path("run")):
+        with pytest.raises(
+            SystemExit, match="another process trains into run: wait for it, or choose another"
+        ):
+            command(monkeypatch, *CNN, "--out", "run")
+        assert not Path("run/log.jsonl").exists()
+        with monkeypatch.context() as windows:  # which has no such lock
+            windows.setattr(runs, "fcntl", None)
+            with runs.locked(Path("run")):
+                pass
+    with runs.locked(Path("run")):  # it ended with the block
+        pass
+
+
+def test_a_lock_goes_with_its_process_however_it_ends(tmp_path):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        with runs.locked(tmp_path):
+            os.write(writer, b"locked")
+            signal.pause()
+    assert os.read(reader, 6) == b"locked"
+    with pytest.raises(InputError, match="another process"), runs.locked(tmp_path):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with runs.locked(tmp_path):
+        pass
+
+
+def test_a_second_start_waits_for_the_teacher_that_the_first_one_trains(place, monkeypatch, capsys):
+    folder, locked, waiting = Path("runs/cifar10-resnet8-seed0"), threading.Event(), threading.Event()
+
+    def first_start():
+        with runs.locked(folder):
+            locked.set()
+            assert waiting.wait(60)
+            shutil.copy("teacher/last.pt", folder)
+
+    def note(*words, **options):
+        waiting.set() if words[0].startswith("waiting for the process that trains into") else None
+        print(*words, **options)
+
+    monkeypatch.setattr(runs, "print", note, raising=False)
+    first = threading.Thread(target=first_start)
+    first.start()
+    assert locked.wait(60)
+    command(monkeypatch, *MINI, "--epochs", 1, "--teacher", "resnet8", "--out", "second")
+    first.join()
+    told = capsys.readouterr().out
+    assert f"waiting for the process that trains into {folder}" in told and "no trained teacher" not in told
+    assert f"teacher: resnet8 of {folder}/last.pt" in told and len(records("second")[1]) == 1
+
+
+# ------------------------------------------------------------------------------------------------- teachers
+
+
+def test_a_teacher_trained_for_less_counts_and_an_interrupted_one_is_continued_where_it_lies(
+    place, monkeypatch, capsys
+):
+    default = Path("runs/cifar10-resnet8-seed0")
+    default.parent.mkdir()
+    Path("teacher").rename(default)  # its options still name the folder it was begun in
+    student = (*MINI, "--epochs", 1, "--teacher", "resnet8")
+    command(monkeypatch, *student, "--out", "first")  # four epochs, not the recipe's 300
+    assert "no trained teacher" not in capsys.readouterr().out and len(records(default)[1]) == 4
+    change_checkpoint(default / "last.pt", lambda state: state["args"].update(epochs=5))
+    command(monkeypatch, *student, "--out", "second")
+    assert len(records(default)[1]) == 5 and not Path("teacher").exists()
+    origin = records("second")[0]
+    assert origin["teacher"] == f"{default}/last.pt" and origin["teacher_epochs"] == 5
+    assert origin["teacher_acc"] > 30
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state["args"].update(image_size=64), r"cannot guide \(.*is a resnet8 at 64 px"),
+        (lambda state: state["args"].update(model="resnet18"), r"cannot guide \(.*is a resnet18 at 32 px"),
+        (
+            lambda state: state["args"].update(model="resnet20"),
+            r"cannot guide \(.*; choose another --teacher",
+        ),
+        (lambda state: state["data"].update(num_classes=5), r"differs: number of classes \(5, now 10\)"),
+        (lambda state: state["data"].update(dataset="glyphs"), r"differs: data set \(glyphs, now cifar10\)"),
+        (lambda state: state["data"].update(train="another"), "differs: training images. Choose another"),
+        (lambda state: state["data"].update(class_names=list("abcdefghij")), "differs: classes"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(place, monkeypatch, change, message):
+    change_checkpoint("teacher/last.pt", change)
+    with pytest.raises(SystemExit, match=f"teacher/last.pt .*{message}"):
+        command(monkeypatch, *GUIDED, "--out", "run")
+    assert records("run")[1] == []
+
+
+def test_a_teacher_that_has_seen_held_out_images_is_refused_and_the_automatic_one_does_not(
+    place, monkeypatch
+):
+    held_out = (*MINI, "--epochs", 1, "--held-out", "0.25")
+    with pytest.raises(SystemExit, match=r"what differs: part held out \(None, now 0.25\)"):
+        command(monkeypatch, *held_out, "--teacher", "teacher/last.pt", "--out", "run")
+    theirs = options.of_teacher(train.parse([*map(str, held_out), "--teacher", "resnet8"]), train.RECIPES)
+    assert theirs.held_out == 0.25 and theirs.out == "runs/cifar10-heldout0.25-resnet8-seed0"
+    assert "--held-out=0.25" in theirs.command
+
+
+def test_a_run_on_held_out_images_says_so(place, monkeypatch, capsys):
+    command(monkeypatch, *MINI, "--epochs", 1, "--held-out", 0.25, "--schedule", "none")
+    assert "data: cifar10, 120 training and 40 held-out images of 32 px" in capsys.readouterr().out
+    assert len(records("runs/cifar10-heldout0.25-deit_mini-none-seed0")[1]) == 1
+
+
+def test_a_resumed_run_is_guided_by_the_same_teacher_wherever_that_lies_now(place, monkeypatch):
+    interrupt(monkeypatch, 1, *GUIDED, "--out", "run")
+    Path("teacher").rename("archive")
+    with pytest.raises(
+        SystemExit, match="was guided by teacher/last.pt: bring that file back, or say where it is"
+    ):
+        command(monkeypatch, "--out", "run", "--resume")
+    shutil.copytree("archive", "teacher")
+    change_checkpoint("teacher/last.pt", lambda state: state["model"]["fc.bias"].add_(1))
+    with pytest.raises(
+        SystemExit, match="run/last.pt was guided by another teacher than teacher/last.pt is now"
+    ):
+        command(monkeypatch, "--out", "run", "--resume")
+    command(monkeypatch, "--out", "run", "--resume", "--teacher", "archive/last.pt")
+    assert same_runs("run", "student")
+
+
+# ------------------------------------------------------------------------------- only finite numbers are kept
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_a_file(place, monkeypatch):
+    with pytest.raises(
+        SystemExit, match=r"the loss is not finite in epoch 0: loss_cls .*beta .*lr .*lower --lr"
+    ):
+        command(monkeypatch, *MINI, "--schedule", "none", "--lr", 1e15, "--out", "run")
+    assert not Path("run/last.pt").exists() and records("run")[1] == []
+
+
+@pytest.mark.parametrize("network", ["model", "projections"])
+def test_a_weight_that_is_not_finite_ends_the_run_before_it_reaches_a_file(place, monkeypatch, network):
+    """The loss of the last step may still be finite when the update that follows it is not."""
+    whole_epoch, calls = train.train_epoch, itertools.count()
+
+    def spoil(student, teacher, guidance, *rest):
+        result = whole_epoch(student, teacher, guidance, *rest)
+        if next(calls) == 1:
+            last_layer = dict(model=student.head, projections=guidance.projections[2])[network]
+            last_layer.bias.data[0] = math.inf
+        return result
+
+    monkeypatch.setattr(train, "train_epoch", spoil)
+    with pytest.raises(
+        SystemExit, match="a weight is not finite in epoch 1: .*beta 1.250, lr .*; run/last.pt keeps"
+    ):
+        command(monkeypatch, *GUIDED, "--out", "run")
+    state = runs.load_checkpoint("run/last.pt")
+    assert len(records("run")[1]) == len(state["history"]) == 1
+    assert all(
+        tensor.isfinite().all() for part in ("model", "projections") for tensor in state[part].values()
+    )
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_network_is_restored_from_its_checkpoint_alone_or_refused(place):
+    model, state = runs.restore("student/last.pt")
+    assert all(torch.equal(tensor, state["model"][name]) for name, tensor in model.state_dict().items())
+    change_checkpoint("student/last.pt", lambda state: state["model"].popitem())
+    with pytest.raises(
+        InputError, match="(?s)student/last.pt does not hold the network it names .*; train it again"
+    ):
+        runs.restore("student/last.pt")
+
+
+# ------------------------------------------------------------------------------------------ several processes
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_resume_and_end_when_one_of_them_dies(place):
+    """torchrun with two gloo processes: the losses of one process, also across a kill and a resume."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    argv = (*TAUGHT, "--schedule", "adaptive", "--epochs", "5")
+    one = process(place, *argv, "--out", "one")
+    running = process(place, *argv, "--out", "two", launcher=torchrun)
+    assert next(line for line in running.stdout if line.startswith("epoch   1"))
+    children = subprocess.run(
+        ["pgrep", "-P", str(running.pid)], capture_output=True, text=True
+    ).stdout.split()
+    assert len(children) == 2
+    began = time.monotonic()
+    os.kill(int(children[1]), signal.SIGKILL)
+    told = running.communicate()[1]
+    assert running.returncode and time.monotonic() - began < 60
+    assert re.search(r"stopped; to go on: torchrun .*--resume|another process of this run has ended", told), (
+        told
+    )
+    assert 2 <= len(records("two")[1]) < 5 and not list(Path("two").glob("*.partial"))
+    again = process(place, *argv, "--out", "two", "--resume", launcher=torchrun)
+    told = again.communicate()[0]
+    assert again.returncode == 0 and told.count("resumed after epoch") == 1  # only the first process talks
+    assert one.communicate() and one.returncode == 0
+    (origin, theirs), (_, ours) = records("two"), records("one")
+    assert origin["processes"] == 2 and len(theirs) == len(ours) == 5
+    for a, b in zip(theirs, ours):
+        for key in ("beta", "lr", "loss_cls", "loss_guidance", "train_acc", "val_acc"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), (key, a, b)
