@@ -7,6 +7,8 @@ Both are networks of "Deep Residual Learning for Image Recognition" (He et al., 
 that differ in the stem and the stages only. Parameters are named as torchvision names them.
 """
 
+from itertools import pairwise
+
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
@@ -22,12 +24,10 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = None
+        self.relu, self.downsample = nn.ReLU(inplace=True), None
         if stride != 1 or in_channels != channels:  # by projection, in ResNet-56 too, as the LG code has it
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            projection = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(channels))
 
     def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -49,13 +49,9 @@ class ResNet(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        self.feature_channels = tuple(channels)
-        width = channels[0]
-        self.conv1 = (
-            nn.Conv2d(3, width, 3, padding=1, bias=False)
-            if small
-            else nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        )
+        self.feature_channels, width = tuple(channels), channels[0]
+        side, stride = (3, 1) if small else (7, 2)
+        self.conv1 = nn.Conv2d(3, width, side, stride, padding=side // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
@@ -108,10 +104,7 @@ CNNS = {"resnet56": resnet56, "resnet20": resnet20, "resnet8": resnet8, "resnet1
 
 def load_teacher(checkpoint):
     """The network of a checkpoint that has been read already (a dict, as train.py saves it), ready to guide.
-
-    Raises:
-        ValueError: it is not a small ResNet trained at 32 px, or its weights are of another network.
-    """
+    ValueError if it is not a small ResNet trained at 32 px."""
     name, size = checkpoint["args"]["model"], checkpoint["args"]["image_size"]
     if size != TEACHER_SIZE or name not in CNNS or name == "resnet18":
         raise ValueError(f"is a {name} at {size} px, not a small ResNet at {TEACHER_SIZE} px")
@@ -124,11 +117,9 @@ def load_teacher(checkpoint):
 
 def folded(cnn):
     """The same function in fewer steps: each BatchNorm, constant by now, becomes part of the convolution before it."""
-    for module in list(cnn.modules()):
-        before = None
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, before, fuse_conv_bn_eval(getattr(module, before), child))
-                setattr(module, name, nn.Identity().eval())
-            before = name
+    for module in cnn.modules():
+        for (first, convolution), (second, norm) in pairwise(module.named_children()):
+            if isinstance(norm, nn.BatchNorm2d):
+                setattr(module, first, fuse_conv_bn_eval(convolution, norm))
+                setattr(module, second, nn.Identity().eval())
     return cnn
