@@ -98,7 +98,7 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
         held = hold_out(parts[1], held_out)
         parts = [parts[0][~held], parts[1][~held], parts[0][held], parts[1][held]]
         names = [name for name, is_held in zip(names, held) if is_held]
-    report_copies(name, parts)
+    report_copies(name, parts, "test" if held_out is None else "held-out")
     return Data(*(part.to(device) for part in parts), num_classes, about, names)
 
 
@@ -112,13 +112,13 @@ def names_of(source, split, num_classes):
     return [name for name, label in zip(names, labels) if label < num_classes]
 
 
-def report_copies(name, parts):
+def report_copies(name, parts, kind):
     """Says so where images that measure are trained on too; in a folder they are most likely copied by mistake."""
     seen = {hash(image.tobytes()) for image in parts[0].numpy()}
     known = sum(hash(image.tobytes()) in seen for image in parts[2].numpy())
     if known:
         print(
-            f"note: {known} of the {len(parts[2])} test images of {name} are training images too, pixel by "
+            f"note: {known} of the {len(parts[2])} {kind} images of {name} are training images too, pixel by "
             "pixel: on them accuracy shows memory only"
         )
 

@@ -112,6 +112,8 @@ def parse(argv=None):
 def main():
     """The command line."""
     args = parse()
+    if args.figure:  # before anything is computed
+        from plot import confusion as draw  # which needs matplotlib
     model, state = restore(args.checkpoint)
     theirs, about = state["args"], state["data"]
     names = about.get("class_names") or [f"class {k}" for k in range(about["num_classes"])]
@@ -144,8 +146,6 @@ def main():
         print(f"{args.checkpoint}: {theirs['model']}, {len(state['history'])} epochs, on {len(truth)} images")
         tell_by_class(confusion, names)
         if args.figure:
-            from plot import confusion as draw  # which needs matplotlib
-
             draw(confusion.numpy(), names, Path(args.figure))
     if args.csv:
         write_csv(args.csv, paths, truth, [names[k] for k in found.argmax(dim=1).tolist()], found)

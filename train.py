@@ -231,7 +231,7 @@ def train(args, processes=Processes()):
     if guided:
         teacher = to_device(folder.open_teacher(path, data), device)
         confusion = evaluate(teacher, data.x_test, data.y_test, args.image_size, precision, as_teacher=True)
-        folder.accept_teacher(confusion)
+        folder.accept_teacher(confusion, "test" if data.about.get("held_out") is None else "held-out")
     now = Training(args, data.num_classes, steps, teacher, precision, device)
     if checkpoint:
         folder.resume(checkpoint, now, data)

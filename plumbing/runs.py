@@ -244,7 +244,7 @@ class Folder:
         )
         return teacher
 
-    def accept_teacher(self, confusion):
+    def accept_teacher(self, confusion, kind):
         """Takes what the teacher makes of the very tensors that it would guide with, (K, K) counts; refuses one at
         chance: on the mean over the classes, so that always answering the commonest one is chance too."""
         name, path, epochs = (self.origin[key] for key in ("teacher_model", "teacher", "teacher_epochs"))
@@ -256,8 +256,8 @@ class Folder:
                 "it longer, or another"
             )
         print(
-            f"teacher: {name} of {path}, trained for {epochs} epochs; it gets {accuracy:.2f}% of the test "
-            "images right, as it sees them while it guides"
+            f"teacher: {name} of {path}, trained for {epochs} epochs; it gets {accuracy:.2f}% of the "
+            f"{kind} images right, as it sees them while it guides"
         )
         self.origin |= dict(teacher_acc=accuracy)
 
