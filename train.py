@@ -175,8 +175,6 @@ class Training:
         torch.manual_seed(args.seed)  # the first weights
         self.generator = torch.Generator().manual_seed(args.seed)  # order of the images, augmentation
         network = runs.build(args.model, num_classes, args.image_size, args.patch_size)
-        if args.init:
-            runs.initialise(network, args.init)
         self.model, self.projections, self.guiding = to_device(network, device), None, teacher is not None
         if teacher:
             guidance = Guidance(network.feature_channels, teacher.feature_channels, args.reduction)
@@ -233,6 +231,8 @@ def train(args, processes=Processes()):
         confusion = evaluate(teacher, data.x_test, data.y_test, args.image_size, precision, as_teacher=True)
         folder.accept_teacher(confusion, "test" if data.about.get("held_out") is None else "held-out")
     now = Training(args, data.num_classes, steps, teacher, precision, device)
+    if args.init and not checkpoint:
+        runs.initialise(now.model, args.init)
     if checkpoint:
         folder.resume(checkpoint, now, data)
     elif guided and args.reduction == "relative":

@@ -45,7 +45,8 @@ def parse(argv, recipes):
     if args.resume:  # what is not given is as it was; what is given and differs is refused by `begin`
         begun = argparse.Namespace(**vars(args))
         fill_in(begun, recipes)
-        for key, value in saved_options(begun.out).items():
+        args.out = begun.out  # it may have been moved there
+        for key, value in saved_options(args.out).items():
             if key in vars(args) and getattr(args, key) is None and key != "device":
                 setattr(args, key, value)
     fill_in(args, recipes)

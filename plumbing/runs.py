@@ -77,8 +77,8 @@ def initialise(network, path):
     """Gives a network its first weights from a checkpoint of ours, or from timm's or torchvision's state_dict of the
     same network. Strictly, but for a head of another number of classes, which starts anew."""
     state = read_tensors(path)
-    state = state.get("model", state)
     with explained(f"{path} does not hold weights for this network", "choose another --init"):
+        state = state.get("model", state)
         ours = network.state_dict()
         anew = [
             name
