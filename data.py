@@ -77,10 +77,12 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
     if "test" not in source.splits and held_out is None:
         print(f"note: {root} has no val/ or test/: a fifth of every class is held out to measure on")
         held_out = 0.2
-    if split not in source.splits and held_out is None:
+    if split == "test" and held_out is not None:
+        split = "train"  # a part of it
+    if split not in source.splits:
         raise InputError(f"{root} has no second split: leave --split out")
     parts = []
-    for x, y, _ in (source.splits["train"], source.splits["train" if held_out is not None else split]):
+    for x, y, _ in (source.splits["train"], source.splits[split]):
         keep = y < num_classes
         if not keep.any():
             raise InputError(f"{name} has no image of the first {num_classes} classes; choose more classes")
@@ -90,14 +92,18 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
         dataset=name,
         class_names=source.class_names[:num_classes],
         train=source.splits["train"][2],
-        test=source.splits["train" if held_out is not None else split][2],
+        test=source.splits[split][2],
         held_out=held_out,
     )
-    names = names_of(source, "train" if held_out is not None else split, num_classes)
+    names = names_of(source, split, num_classes)
     if held_out is not None:
         held = hold_out(parts[1], held_out)
-        parts = [parts[0][~held], parts[1][~held], parts[0][held], parts[1][held]]
-        names = [name for name, is_held in zip(names, held) if is_held]
+        if split == "train":
+            parts[2:], names = (
+                [parts[0][held], parts[1][held]],
+                [n for n, is_held in zip(names, held) if is_held],
+            )
+        parts[:2] = parts[0][~held], parts[1][~held]
     report_copies(name, parts, "test" if held_out is None else "held-out")
     return Data(*(part.to(device) for part in parts), num_classes, about, names)
 

@@ -114,6 +114,18 @@ def test_the_confusion_matrix_is_drawn(told, photos):
         assert min(picture.size) > 200
 
 
+def test_another_split_is_never_mistaken_for_the_images_held_out(photos, monkeypatch):
+    """A run that held a part of train/ out measures itself on that part; --split test still means test/."""
+    monkeypatch.chdir(photos)
+    whole, held = train.load("folder", "photos"), train.load("folder", "photos", held_out=0.25)
+    other = train.load("folder", "photos", held_out=0.25, split="other")
+    assert held.test_names[0].startswith("train/") and len(held.x_test) == 15
+    assert other.test_names[0].startswith("test/") and len(other.x_test) == 9
+    assert torch.equal(other.x_train, held.x_train) and len(held.x_train) + 15 == len(whole.x_train)
+    with pytest.raises(InputError, match="no second split"):
+        train.load("glyphs", held_out=0.25, split="other")
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
