@@ -199,7 +199,7 @@ class Training:
 
     def load_state_dict(self, state):
         for name, part in self.parts().items():
-            if part and state[name]:  # a scaler's is empty where none was needed
+            if part and (name != "scaler" or state[name]):  # it is empty where none was needed
                 part.load_state_dict(state[name])
         self.generator.set_state(state["generator"])
         self.guiding, self.adaptive.history = state["guiding"], state["adaptive"]
@@ -225,8 +225,10 @@ def train(args, processes=Processes()):
     with processes.first_one_first():
         data = load(args.dataset, args.data, args.classes, device, args.held_out)
         batch_size, steps = folder.count_steps(data)
-        path = Path(checkpoint["origin"]["teacher"]) if checkpoint and args.teacher in CNNS else None
-        path = path or trained_teacher(args) if guided else None
+        if guided and checkpoint and args.teacher in CNNS:
+            path = Path(checkpoint["origin"]["teacher"])  # wherever it is called now, `begin` has seen it
+        elif guided:
+            path = trained_teacher(args)
     if guided:
         teacher = to_device(folder.open_teacher(path, data), device)
         confusion = evaluate(teacher, data.x_test, data.y_test, args.image_size, precision, as_teacher=True)
