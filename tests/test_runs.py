@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HERE, command, easy_cache, process, records, same_runs, small_cache
+from PIL import Image
 
 import train
 from plumbing import options, runs
@@ -229,6 +230,23 @@ def test_a_run_that_was_moved_goes_on_where_it_lies_now(place, monkeypatch):
     moved = Path("parts").rename("runs/cifar10-deit_mini-early-seed0")
     command(monkeypatch, *GUIDED, "--resume")
     assert same_runs("student", moved) and not Path("parts").exists()
+
+
+def test_a_run_on_a_folder_that_was_moved_keeps_its_teacher(place, monkeypatch):
+    """Names of runs come from the folder's; a teacher is known by its weights, and none is trained anew."""
+    rng = np.random.default_rng(0)
+    for name, shade in (("ant", 0), ("bee", 150)):
+        Path("photos", name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 60, (32, 32, 3)) + shade
+            Image.fromarray(pixels.astype(np.uint8)).save(f"photos/{name}/{i}.png")
+    for key, value in dict(cnn_epochs=12, cnn_batch_size=8, teacher="resnet8").items():
+        monkeypatch.setitem(train.RECIPES["small"], key, value)
+    run = ("--recipe", "small", "--dataset", "folder", "--epochs", 3, "--batch-size", 8, "--out", "run")
+    interrupt(monkeypatch, 13, *run, "--data", "photos")  # twelve are the teacher's
+    Path("photos").rename("pictures")
+    command(monkeypatch, *run, "--data", "pictures", "--resume")
+    assert len(records("run")[1]) == 3 and not list(Path("runs").glob("pictures*"))
 
 
 def test_a_run_that_began_with_given_weights_goes_on_without_their_file(place, monkeypatch, capsys):
