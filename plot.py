@@ -1,16 +1,16 @@
 """Rebuilds figures and tables from what runs have written. It alone needs matplotlib: pip install matplotlib
 
-    python plot.py runs/* --out figures            tables, curves, and what strength and early stopping change
+    python plot.py runs/* --out figures            tables, curves, and what strength and stopping early change
     python plot.py runs/* --out figures --untimed  without times: these runs shared a machine with others
     python plot.py runs/* --out figures --look     also, from last.pt, attention, feature maps, example images
 
-Logs alone will do: results/glyphs/*.jsonl. Curves show the mean of the seeds and, shaded, their range. Runs
-that do not belong with most of the others are left out, and named.
+Logs alone will do: results/glyphs/*.jsonl. Curves show the mean of the seeds and, shaded, their range. Runs that
+do not belong with most of the others are left out, and named; so are figures that need other runs.
 """
 
 import json
 import re
-from itertools import combinations, cycle, product
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, mode, stdev
 from typing import NamedTuple
@@ -32,12 +32,15 @@ from plumbing.options import WITHOUT_EFFECT, Options, command_line
 from plumbing.runs import load_checkpoint, restore
 from teacher import CNNS, TEACHER_SIZE, load_teacher
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
-LINES = ("-", "--", "-.", ":", "-", "--", "-.")  # so that a print without colours can be read as well
-STYLES = list(zip(COLOURS, LINES, "o^sDv<>"))
 NAMES = {"none": "alone"} | {key: f"+ {key} guidance" for key in ("constant", "early", "adaptive")}
+LINES = {"none": ":", "constant": "--", "early": "-", "adaptive": "-.", "cnn": ":"}
+COLOURS = dict(zip(LINES, ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7")))  # Okabe and Ito's
+MARKERS = "o^sDv<>"
+KINDS = ("alone", "constant", "fading", "stopped")
 # A teacher makes another row by its network and length, which the logs of its students hold
 NO_ROW = ("seed", "out", "data", "device", "resume", "evaluate", "teacher", "compile", "command", "recipe")
+STRENGTH = ("schedule", "beta", "guide_epochs")
+GUIDANCE = (*STRENGTH, *WITHOUT_EFFECT, "teacher_model", "teacher_epochs")
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, for 2 to 10 pairs
 
 
@@ -52,18 +55,33 @@ class Run(NamedTuple):
     def column(self, key):
         return np.array([line[key] for line in self.epochs], float)
 
+    def last(self, key="val_acc"):
+        return self.epochs[-1][key]
+
     def guided(self):
         """Epochs with guidance; they are the first ones."""
         return int((self.column("beta") > 0).sum())
+
+    def kind(self):
+        """How beta went: 0 throughout, the same throughout, falling but never 0, or 0 from some epoch on."""
+        if self.guided() < len(self.epochs):
+            return "stopped" if self.guided() else "alone"
+        return "constant" if len(set(self.column("beta"))) == 1 else "fading"
+
+    def weight(self, epoch):
+        """beta * L over the cross-entropy."""
+        line = self.epochs[epoch]
+        return line["beta"] * (line["loss_guidance"] or 0) / line["loss_cls"]  # unguided epochs have no L
 
     def student(self):
         return self.args["model"] not in CNNS
 
     def options(self, *but):
-        """What makes another row: options that have an effect, and the teacher's network and length."""
+        """What makes another row: options that have an effect, and the teacher's network and length. What has no
+        value is left out, as older logs lack it."""
         but += NO_ROW + WITHOUT_EFFECT * (self.args["schedule"] == "none")
-        teacher = {key: self.origin.get(key) for key in ("teacher_model", "teacher_epochs")}
-        return {key: value for key, value in (self.args | teacher).items() if key not in but}
+        found = self.args | {key: self.origin.get(key) for key in ("teacher_model", "teacher_epochs")}
+        return {key: value for key, value in found.items() if key not in but and value is not None}
 
     def kinds(self):
         """Data set, images and length in words; runs in one table agree in each, or have None."""
@@ -83,7 +101,7 @@ def read_run(path):
         args = {"reduction": "mean"} | origin["args"] | {"held_out": held_out}  # older logs lack these
         [args[key] for key in ("dataset", "classes", "model", "seed", "epochs")], NAMES[args["schedule"]]
         [origin[key] for key in ("hardware", "threads", "torch")]
-        [origin["teacher_acc"] for line in epochs if line["beta"]]
+        [(origin["teacher_acc"], args["beta"], args["guide_epochs"]) for line in epochs if line["beta"]]
         keys = ("val_acc", "train_acc", "seconds", "beta", "loss_cls", "loss_guidance")
         np.array([[line[key] for key in keys] for line in epochs], float)
     return Run(path, origin, args, epochs)
@@ -120,14 +138,14 @@ def belonging(runs):
 
 def read_rows(paths):
     """Runs by row of the table, {name: runs of several seeds}. A name is model, schedule and whatever else
-    distinguishes the row from others of that model and schedule."""
+    distinguishes the row from others of that model, guided ones or those alone."""
     runs, rows = belonging(sorted(map(read_run, sorted(map(str, paths))), key=in_order)), {}
+    group = lambda run: (run.args["model"], run.args["schedule"] == "none")  # noqa: E731
     for run in runs:
-        model, schedule = run.args["model"], run.args["schedule"]
-        peers = [r.options() for r in runs if (r.args["model"], r.args["schedule"]) == (model, schedule)]
-        words = [f"{model} {NAMES[schedule]}" if run.student() else model]
-        for key, value in run.options().items():
-            if value is not None and len({str(peer[key]) for peer in peers if key in peer}) > 1:
+        peers = [peer.options() for peer in runs if group(peer) == group(run)]
+        words = [f"{run.args['model']} {NAMES[run.args['schedule']]}" if run.student() else run.args["model"]]
+        for key, value in run.options("schedule").items():
+            if any(peer.get(key) != value for peer in peers):
                 words.append(f"{key.replace('_', ' ')} {str(value).removesuffix('.0')}")
         row = rows.setdefault(", ".join(words), [])
         if run.args["seed"] in [other.args["seed"] for other in row]:
@@ -137,8 +155,17 @@ def read_rows(paths):
 
 
 def measured(rows):
-    """What accuracy was measured on, in a word."""
-    return "held-out" if next(iter(rows.values()))[0].args["held_out"] else "validation"
+    """What accuracy was measured on, in words."""
+    args = next(iter(rows.values()))[0].args
+    where = "held-out" if args["held_out"] else "validation" if args["dataset"] == "folder" else "test"
+    return f"{where} accuracy"
+
+
+def alone(run, rows):
+    """The name of the row without guidance that shares all other options of a guided run, if there is one."""
+    for name, (other, *_) in rows.items():
+        if other.kind() == "alone" != run.kind() and other.options(*GUIDANCE) == run.options(*GUIDANCE):
+            return name
 
 
 def spread(values, sign=""):
@@ -146,158 +173,170 @@ def spread(values, sign=""):
     return f"{mean(values):{sign}.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def alone(name, rows):
-    """The name of the row without guidance to compare a guided one with: of the same model and, if there are
-    several, with the same other options. None if there is not one."""
-    found = {other: runs[0] for other, runs in rows.items() if runs[0].args["schedule"] == "none"}
-    run = rows[name][0]
-    found = {other: r for other, r in found.items() if r.args["model"] == run.args["model"]}
-    if len(found) > 1:
-        idle = (*WITHOUT_EFFECT, "schedule", "teacher_model", "teacher_epochs")
-        found = {other: r for other, r in found.items() if r.options(*idle) == run.options(*idle)}
-    return next(iter(found)) if len(found) == 1 and run.args["schedule"] != "none" else None
+def markdown(heads, lines):
+    text = [f"| {' | '.join(cells)} |" for cells in (heads, *lines)]
+    return "\n".join([text[0], "|---|" + "--:|" * (len(heads) - 1), *text[1:], ""])
 
 
 def table(rows, timed=True):
-    """The research summary's table in Markdown: accuracy after the last epoch, best beside it, and time."""
-    what = {"validation": "val_acc", "held-out": "held-out accuracy"}[measured(rows)]
-    lines = [f"| | {what} % of the last epoch | n | by seed | of the best epoch |", "|---|--:|--:|---|--:|"]
-    if timed:
-        lines = [f"{lines[0]} minutes | guidance adds |", f"{lines[1]}--:|--:|"]
+    """The research summary's table: accuracy after the last epoch, best beside it, and time."""
+    heads = ["", f"{measured(rows)} % of the last epoch", "n", "by seed", "of the best epoch"]
+    heads += ["minutes", "seconds an epoch", "guidance adds"] * timed
     minutes = {name: mean(run.column("seconds").sum() / 60 for run in runs) for name, runs in rows.items()}
+    lines, machines = [], set()
     for name, runs in rows.items():
-        last, best = zip(*((run.column("val_acc")[-1], run.column("val_acc").max()) for run in runs))
-        each = ", ".join(f"{value:.2f}" for value in last)
-        lines.append(f"| {name} | {spread(last)} | {len(runs)} | {each} | {spread(best)} |")
-        if timed:
-            without = minutes.get(alone(name, rows))
-            added = f"{100 * (minutes[name] / without - 1):+.1f}%" if without else ""
-            lines[-1] += f" {minutes[name]:.1f} | {added} |"
-    machines = set()
-    for origin in (run.origin for runs in rows.values() for run in runs):
-        threads = f"{origin['threads']} thread{'s' * (origin['threads'] > 1)}"
-        machines.add(f"{origin['hardware']}, {threads}, torch {origin['torch']}")
+        values, best = [run.last() for run in runs], [run.column("val_acc").max() for run in runs]
+        without, epoch = minutes.get(alone(runs[0], rows)), 60 * minutes[name] / len(runs[0].epochs)
+        added = f"{100 * (minutes[name] / without - 1):+.1f}%" if without else ""
+        times = [f"{minutes[name]:.1f}", f"{epoch:.1f}", added] * timed
+        each = ", ".join(f"{value:.2f}" for value in values)
+        lines.append([name, spread(values), f"{len(runs)}", each, spread(best), *times])
+        for origin in (run.origin for run in runs):
+            threads = f"{origin['threads']} thread{'s' * (origin['threads'] > 1)}"
+            machines.add(f"{origin['hardware']}, {threads}, torch {origin['torch']}")
     where = f"{'; '.join(sorted(machines))}. The commands are in the logs' first lines."
-    return "\n".join([*lines, "", where, ""])
+    return f"{markdown(heads, lines)}\n{where}\n"
 
 
 def why(rows):
-    """What guidance did, in Markdown: how well the training images are learnt, whether the student outgrows
-    its teacher, and the weight of guidance beside cross-entropy, when it ends, and over the run."""
-    head = "| guided | train_acc % of the last epoch | student minus teacher, points"
-    lines = [f"{head} | beta*L / cross-entropy, last guided epoch | mean beta |", "|---|--:|--:|--:|--:|"]
+    """What guidance did: how well the training images are learnt, whether the student outgrows its teacher, and
+    what guidance weighs beside cross-entropy."""
+    heads = ["", "training accuracy % of the last epoch", "accuracy minus teacher's, points"]
+    heads += ["beta*L / cross-entropy, last guided epoch", "the same, last epoch", "mean beta"]
+    lines = []
     for name, runs in rows.items():
+        lines.append([name, spread([run.last("train_acc") for run in runs])] + [""] * 4)
         if all(run.guided() for run in runs):
-            learnt = spread([run.column("train_acc")[-1] for run in runs])
-            ahead = spread([run.column("val_acc")[-1] - run.origin["teacher_acc"] for run in runs], "+")
-            ends = [run.epochs[run.guided() - 1] for run in runs]
-            weight = mean(end["beta"] * end["loss_guidance"] / end["loss_cls"] for end in ends)
-            beta = mean(run.column("beta").mean() for run in runs)
-            lines.append(f"| {name} | {learnt} | {ahead} | {weight:.3g} | {beta:.3g} |")
-    return "\n".join([*lines, ""]) if len(lines) > 2 else ""
-
-
-def differences(runs, others, key):
-    """Of the last epoch, runs - others, for every seed that both have."""
-    other = {run.args["seed"]: run.column(key)[-1] for run in others}
-    return [run.column(key)[-1] - other[run.args["seed"]] for run in runs if run.args["seed"] in other]
+            weights = [run.weight(run.guided() - 1) for run in runs], [run.weight(-1) for run in runs]
+            numbers = map(mean, (*weights, [run.column("beta").mean() for run in runs]))
+            ahead = [run.last() - run.origin["teacher_acc"] for run in runs]
+            lines[-1][2:] = [spread(ahead, "+"), *(f"{number:.3g}" for number in numbers)]
+    return markdown(heads, lines)
 
 
 def paired(rows):
-    """Differences between rows, seed by seed, in Markdown: what varies with the seed (teacher, first weights,
-    order, draws) is the same in both runs of a pair. The interval is that of a paired t-test at 5%."""
-    lines = ["| last epoch, points | mean ± std | pairs | 95% interval | |", "|---|--:|--:|--:|---|"]
+    """Differences between rows, seed by seed: what varies with the seed (teacher, first weights, order, draws)
+    is the same in both runs of a pair."""
+    heads, lines = ["last epoch, points", "mean ± std", "pairs", "t", "threshold", "95% interval", ""], []
     for one, other in combinations([name for name, runs in rows.items() if runs[0].student()], 2):
-        pairs = differences(rows[other], rows[one], "val_acc")
-        if len(pairs) > 1:  # more than 10 get the interval of 10, which is a little too wide
-            half = T_975[min(len(pairs), 10) - 2] * stdev(pairs) / len(pairs) ** 0.5
-            low, high = mean(pairs) - half, mean(pairs) + half
-            verdict = "not told apart" if low <= 0 <= high else "higher" if low > 0 else "lower"
-            numbers = f"{spread(pairs, '+')} | {len(pairs)} | {low:+.2f} to {high:+.2f}"
-            lines.append(f"| {other}, minus {one} | {numbers} | {verdict} |")
-    return "\n".join([*lines, ""]) if len(lines) > 2 else ""
+        before, after = ({run.args["seed"]: run.last() for run in rows[name]} for name in (one, other))
+        pairs = [after[seed] - before[seed] for seed in after if seed in before]
+        if len(pairs) > 1:
+            t = T_975[min(len(pairs), 10) - 2]  # of more than 10 that of 10, which is a little too strict
+            middle, half = mean(pairs), t * stdev(pairs) / len(pairs) ** 0.5
+            verdict = "not told apart" if abs(middle) <= half else "higher" if middle > 0 else "lower"
+            interval = f"{middle - half:+.2f} to {middle + half:+.2f}"
+            numbers = [spread(pairs, "+"), f"{len(pairs)}", f"{t}", f"{half:.2f}", interval, verdict]
+            lines.append([f"{other}, minus {one}", *numbers])
+    note = "Paired t-tests at 5%: threshold = t * std / sqrt(pairs). Of 20 between equal rows, chance tells one apart."
+    return f"{markdown(heads, lines)}\n{note}\n" if lines else ""
 
 
-def curve(axes, i, name, runs, key, by_time=False):
-    """Draws row i: mean and range over its runs of the epochs' values of `key`, by epoch or by minute."""
+def styles(rows):
+    """How to draw each row: line and colour say the schedule; of one schedule, the strongest is darkest."""
+    kinds = {name: runs[0].args["schedule"] if runs[0].student() else "cnn" for name, runs in rows.items()}
+    found = {}
+    for i, (name, kind) in enumerate(kinds.items()):
+        alike = [other for other in kinds if kinds[other] == kind]
+        ink = 0.35 + 0.65 * (alike.index(name) + 1) / len(alike)
+        colour = [1 - ink * (1 - part) for part in matplotlib.colors.to_rgb(COLOURS[kind])]
+        found[name] = dict(color=colour, linestyle=LINES[kind], marker=MARKERS[i % 7])
+    return found
+
+
+def curve(axes, label, runs, key, style, by_time=False):
+    """Draws mean and range over the runs of a row: the epochs' values of `key`, by epoch or by minute."""
     values = np.ma.masked_invalid([run.column(key) for run in runs])  # (runs, epochs)
-    middle = values.mean(
-        axis=0
-    )  # of a guidance loss: over the seeds that are still guided, until there is none
+    # the mean of a guidance loss is that over the seeds which are still guided, until there is none
+    low, middle, high = values.min(axis=0), values.mean(axis=0), values.max(axis=0)
     minutes = np.cumsum([run.column("seconds") for run in runs], axis=1).mean(axis=0) / 60
     x = minutes if by_time else np.arange(1, len(middle) + 1)
-    colour, line, _ = STYLES[i % 7]
-    axes.plot(x, middle, line, color=colour, linewidth=1.8, label=f"{name} (n = {len(runs)})")
-    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    axes.plot(x, middle, **style, linewidth=1.6, markersize=5, markevery=max(1, len(x) // 8), label=label)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
     if key == "val_acc":  # marks the first epoch without guidance, of every seed
         ends = sorted({run.guided() for run in runs} - {0, len(middle)})
-        axes.plot(x[ends], middle[ends], "|", color=colour, markersize=15, markeredgewidth=2)
+        axes.plot(x[ends], middle[ends], "|", color=style["color"], markersize=18, markeredgewidth=2.5)
 
 
 def draw_curves(rows, out, timed=True):
-    """accuracy.png, time.png where timed, and losses.png."""
-    for file, label in (("accuracy", "epochs"), ("time", "minutes of training and validation"))[: 1 + timed]:
-        figure, [[axes]] = subplots()
-        for i, (name, runs) in enumerate(rows.items()):
-            curve(axes, i, name, runs, "val_acc", file == "time")
-        axes.set(xlabel=f"{label} (|: guidance has ended)", ylabel=f"{measured(rows)} accuracy, %")
-        save(figure, out / f"{file}.png", axes)
-    figure, [panels] = subplots(1, 3, (11, 3.8))
-    labels = ("beta", "cross-entropy, training", "guidance loss, unweighted")
-    for axes, key, label in zip(panels, ("beta", "loss_cls", "loss_guidance"), labels):
-        for i, (name, runs) in enumerate(rows.items()):
-            curve(axes, i, name, runs, key)
-        axes.set(xlabel="epochs", ylabel=label)
-    save(figure, out / "losses.png", panels[0])
-
-
-def families(rows):
-    """Rows of constant and early guidance, in groups {name: runs} that differ in nothing but its strength."""
-    found = {}
-    for name, runs in rows.items():
-        if runs[0].args["schedule"] in ("constant", "early") and runs[0].guided():
-            others = runs[0].options("schedule", "beta", "guide_epochs")
-            found.setdefault(str(sorted(others.items())), {})[name] = runs
-    return list(found.values())
+    """accuracy.png, losses.png and, where timed, time.png."""
+    looks, accuracy = styles(rows), {"val_acc": f"{measured(rows)}, %"}
+    losses = dict(beta="beta", loss_cls="cross-entropy, training", loss_guidance="guidance loss, unweighted")
+    for file, columns in (("accuracy", accuracy), ("losses", losses), ("time", accuracy))[: 2 + timed]:
+        figure, [panels] = subplots(1, len(columns), (11, 3.8) if columns is losses else (6.4, 4.8))
+        for axes, (key, label) in zip(panels, columns.items()):
+            for name, runs in rows.items():
+                curve(axes, f"{name} (n = {len(runs)})", runs, key, looks[name], file == "time")
+            x = "minutes of training and validation" if file == "time" else "epochs"
+            axes.set(xlabel=x + " (|: guidance has ended)" * (key == "val_acc"), ylabel=label)
+        save(figure, out / f"{file}.png", panels[0])
 
 
 def draw_strength(rows, out):
-    """strength.png: accuracy by beta, for the family with most strengths, if it has two."""
-    found = [sorted({runs[0].args["beta"] for runs in family.values()}) for family in families(rows)]
-    betas = max(found, key=len, default=[])
-    if len(betas) < 2:
-        return
-    points = {}
-    for runs in families(rows)[found.index(betas)].values():
-        last, args = [run.column("val_acc")[-1] for run in runs], runs[0].args
-        label = NAMES[args["schedule"]] + (f", {args['guide_epochs']} epochs" if args["guide_epochs"] else "")
-        low, high = mean(last) - min(last), max(last) - mean(last)
-        points.setdefault(label, []).append((args["beta"], mean(last), low, high))
+    """strength.png: accuracy by beta, a line for each schedule, of runs that differ in nothing else. Of several
+    such sets the one with most strengths, then with most runs."""
+    sets, lines = {}, {}
+    for run in (run for runs in rows.values() for run in runs):
+        if run.args["schedule"] in ("constant", "early") and run.guided():
+            sets.setdefault(str(sorted(run.options(*STRENGTH).items())), []).append(run)
+    strengths = lambda runs: sorted({run.args["beta"] for run in runs})  # noqa: E731
+    chosen = max(sets.values(), key=lambda runs: (len(strengths(runs)), len(runs)), default=[])
+    if len(betas := strengths(chosen)) < 2:
+        return print("no strength.png: it takes two strengths of guidance, all else equal")
+    for run in chosen:
+        ends = run.args["guide_epochs"]
+        label = NAMES[run.args["schedule"]] + f" for {ends} epochs" * bool(ends)
+        lines.setdefault(label, {}).setdefault(run.args["beta"], []).append(run)
+    looks = styles({label: next(iter(points.values())) for label, points in lines.items()})
     figure, [[axes]] = subplots()
-    for (label, numbers), (colour, line, marker) in zip(points.items(), cycle(STYLES)):
-        x, y, *ranges = np.array(numbers).T
-        axes.errorbar(x, y, ranges, fmt=marker + line, color=colour, capsize=3, label=label)
-    axes.set(xscale="log", xlabel="beta at the start", ylabel=f"{measured(rows)} accuracy, last epoch, %")
+    for label, points in lines.items():
+        means = [mean(map(Run.last, runs)) for runs in points.values()]
+        axes.plot(points.keys(), means, **looks[label], label=label)
+        each = [(beta, run.last()) for beta, runs in points.items() for run in runs]
+        axes.plot(*zip(*each), ".", color=looks[label]["color"], alpha=0.5)
+    if name := alone(chosen[0], rows):
+        axes.axhline(mean(map(Run.last, rows[name])), color="black", linestyle=":", label=name)
+    teachers = {run.args["seed"]: run.origin["teacher_acc"] for run in chosen}.values()  # one for each seed
+    name = f"the teacher, {chosen[0].origin.get('teacher_model') or 'a CNN'}"
+    axes.axhline(mean(teachers), color="grey", linewidth=1, label=name)
+    axes.set(xscale="log", xlabel="beta at the start (dots: single runs, lines: means)")
+    axes.set(ylabel=f"{measured(rows)} after the last epoch, %")
     axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
     axes.minorticks_off()
     save(figure, out / "strength.png", axes)
 
 
 def draw_gain(rows, out):
-    """gain.png: what early guidance gains over constant where accuracy is measured, by what it gains on the
-    training images; a point for every two runs of one seed, if there are three."""
+    """gain.png: does the run that learns the training images better also do better where accuracy is measured?
+    A point for every two runs of one seed and teacher; beside those about stopping, the two betas."""
+    found = {}
+    for two in combinations([run for runs in rows.values() for run in runs if run.student()], 2):
+        one, other = sorted(two, key=lambda run: (KINDS.index(run.kind()), run.column("beta").mean()))
+        teachers = {run.origin.get("teacher_crc") for run in two if run.guided()}
+        if one.args["seed"] == other.args["seed"] and len(teachers) < 2:
+            but = GUIDANCE if one.kind() == "alone" else STRENGTH
+            words = f"{other.kind()} minus {'weaker ' * (one.kind() == other.kind())}{one.kind()}"
+            words = words if one.options(*but) == other.options(*but) else "other options differ, too"
+            gain = [other.last(key) - one.last(key) for key in ("train_acc", "val_acc")]
+            found.setdefault(words, {}).setdefault((other.args["beta"], one.args["beta"]), []).append(gain)
+    if sum(len(gains) for points in found.values() for gains in points.values()) < 3:
+        return print("no gain.png: it takes three pairs of runs that share seed and teacher")
     figure, [[axes]] = subplots()
-    for family in families(rows):
-        for (one, constant), (other, early) in product(family.items(), repeat=2):
-            x, y = (differences(early, constant, key) for key in ("train_acc", "val_acc"))
-            if x and (constant[0].args["schedule"], early[0].args["schedule"]) == ("constant", "early"):
-                colour, _, marker = STYLES[len(axes.lines) % 7]
-                axes.plot(x, y, marker, color=colour, label=f"{other}, minus {one}")
-    if sum(len(line.get_xdata()) for line in axes.lines) > 2:
-        axes.axhline(0, color="grey", linewidth=1)
-        axes.axvline(0, color="grey", linewidth=1)
-        axes.set(xlabel="gain in training accuracy, points", ylabel=f"gain in {measured(rows)} accuracy")
-        save(figure, out / "gain.png", axes)
+    first = "stopped minus constant"
+    for i, words in enumerate(sorted(found, key=lambda words: words != first)):
+        points = found[words]
+        gains = np.concatenate([*points.values()])  # (pairs, 2)
+        colour, label = [*COLOURS.values()][(i + 2) % 5], f"{words} (n = {len(gains)})"
+        label += ", beside them: their betas" * (words == first)
+        axes.plot(*gains.T, MARKERS[i % 7], color=colour, alpha=0.7, label=label)
+        for betas, gains in points.items() if words == first else ():
+            text = "{:g} vs {:g}".format(*betas)
+            axes.annotate(text, np.mean(gains, axis=0), xytext=(6, 6), textcoords="offset points", size=8)
+    axes.axhline(0, color="grey", linewidth=1)
+    axes.axvline(0, color="grey", linewidth=1)
+    axes.margins(0.12)
+    axes.set(xlabel="gain in training accuracy, points", ylabel=f"gain in {measured(rows)}, points")
+    save(figure, out / "gain.png", axes)
 
 
 def confusion(counts, names, path):
@@ -353,13 +392,14 @@ def look(rows, out, count=64):
     save(figure, out / "examples.png")
     students = {name: runs[0] for name, runs in rows.items() if runs[0].student()}
     figure, [[axes]] = subplots()
+    looks = styles({name: [run] for name, run in students.items()})
     for i, (name, run) in enumerate(students.items()):
         model, state = restore(run.path.with_name("last.pt"))
         images, patch = prepare(chosen, run.args["image_size"]), run.args["patch_size"]
         far = torch.stack([attention_distance(w, patch) for w in attention(model.eval(), images)])
         blocks = torch.arange(len(far)) + 0.8 * ((i + 0.5) / len(students) - 0.5)  # rows side by side
-        (colour, _, marker), label = STYLES[i % 7], f"{name}: mean {far.nanmean():.1f} px"
-        axes.plot(blocks, far, marker, alpha=0.8, color=colour, label=[label] + ["_"] * (far.shape[1] - 1))
+        label = [f"{name}: mean {far.nanmean():.1f} px"] + ["_"] * (far.shape[1] - 1)
+        axes.plot(blocks, far, **looks[name] | {"linestyle": "none"}, alpha=0.8, label=label)
         alike = attention_distance(torch.ones(1, 1, 1 + model.grid**2, 1 + model.grid**2), patch)
         axes.axhline(alike.item(), color="grey", linewidth=1)
         if state["projections"]:
@@ -426,11 +466,11 @@ def main():
     parser.add_argument("--untimed", action="store_true", help="leave times out, as they say nothing")
     parser.add_argument("--look", action="store_true", help="also draw from checkpoints, inside the networks")
     args = parser.parse_args()
-    rows, out = read_rows(args.runs), Path(args.out)
-    text = "\n".join(filter(None, (table(rows, not args.untimed), why(rows), paired(rows))))
+    rows, out, timed = read_rows(args.runs), Path(args.out), not args.untimed
+    text = "\n".join(filter(None, (table(rows, timed), why(rows), paired(rows))))
     write_whole(out / "table.md", lambda file: file.write(text.encode()))
     print(text)
-    draw_curves(rows, out, not args.untimed)
+    draw_curves(rows, out, timed)
     draw_strength(rows, out)
     draw_gain(rows, out)
     if args.look:

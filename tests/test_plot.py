@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import runpy
 import sys
 import warnings
@@ -88,15 +89,23 @@ def test_the_table_has_mean_and_deviation_of_the_last_epoch_over_the_seeds(
     assert text in capsys.readouterr().out
     spread = f"{np.mean(last):.2f} ± {np.std(last, ddof=1):.2f}"
     assert cells(text)[1:5] == [
-        ["deit_tiny alone, augment strong", "7.00", "1", "7.00", "7.00", "3.0", ""],
-        ["deit_tiny alone, augment weak", "8.00", "1", "8.00", "8.00", "6.0", ""],
-        ["deit_tiny + early guidance", spread, "3", "81.50, 82.25, 84.00", "90.00 ± 0.00", "3.3", "+10.0%"],
-        ["resnet56", "4.00", "1", "4.00", "4.00", "4.0", ""],
+        ["deit_tiny alone, augment strong", "7.00", "1", "7.00", "7.00", "3.0", "60.0", ""],
+        ["deit_tiny alone, augment weak", "8.00", "1", "8.00", "8.00", "6.0", "120.0", ""],
+        [
+            "deit_tiny + early guidance",
+            spread,
+            "3",
+            "81.50, 82.25, 84.00",
+            "90.00 ± 0.00",
+            "3.3",
+            "66.0",
+            "+10.0%",
+        ],
+        ["resnet56", "4.00", "1", "4.00", "4.00", "4.0", "60.0", ""],
     ]
     for name in ("accuracy", "time", "losses"):
         with Image.open(tmp_path / "f" / f"{name}.png") as picture:
             assert min(picture.size) > 400 and len(np.unique(np.asarray(picture.convert("L")))) > 50
-    assert not (tmp_path / "f" / "strength.png").exists() and not (tmp_path / "f" / "gain.png").exists()
 
 
 def test_without_times_there_are_none(plot, figures, tmp_path, monkeypatch):
@@ -105,7 +114,7 @@ def test_without_times_there_are_none(plot, figures, tmp_path, monkeypatch):
     assert "minutes" in (tmp_path / "table.md").read_text() and "time.png" in figures
     figures.clear()
     run_plot(plot, monkeypatch, log, "--out", tmp_path, "--untimed")
-    assert "minutes" not in (tmp_path / "table.md").read_text() and "time.png" not in figures
+    assert not re.search("minutes|seconds", (tmp_path / "table.md").read_text()) and "time.png" not in figures
 
 
 def test_wrong_options_end_in_one_line(plot, monkeypatch):
@@ -166,24 +175,27 @@ def test_guidance_adds_time_to_the_row_without_guidance_that_shares_the_other_op
     )
     assert list(several.values()) == ["", "", "+10.0%"]
     assert list(added(alone=(100.0, none | dict(batch_size=64)), small=small, **guided).values()) == [""] * 4
-    other_model = (110.0, dict(model="deit_mini"))
-    assert list(added(alone=(100.0, none), early=other_model).values()) == ["", ""]
+    for other in (dict(model="deit_mini"), dict(lr=1e-3), dict(augment="weak")):
+        assert list(added(alone=(100.0, none), early=(110.0, other)).values()) == ["", ""], other
 
 
 def test_the_second_table_says_what_guidance_did(plot, tmp_path):
-    """By hand: 2.5 * 3 / 2 = 3.75 in the last guided epoch, of 1 in 3; 90 * 4 / 2 = 180, of 2 in 3."""
+    """By hand: beta * L / 2 is 2.5 * 3 / 2 = 3.75 in the last guided epoch, of 1 in 5; 90 * 4 / 2 = 180, of 2 in 5;
+    constantly 9 * 7 / 2 = 31.5 at the end."""
     for seed, train_acc in enumerate((40.0, 43.0)):
-        teacher = dict(teacher_acc=60.0 + seed)
-        early = dict(seed=seed, train_acc=train_acc, origin=teacher)
-        write_run(tmp_path / f"early{seed}.jsonl", [1, 2, 70], **early)
-        write_run(tmp_path / f"strong{seed}.jsonl", [1, 2, 50], betas=[90.0, 90.0], beta=90.0, **early)
-        write_run(tmp_path / f"none{seed}.jsonl", [1, 2, 30], schedule="none", seed=seed)
+        early = dict(seed=seed, train_acc=train_acc, origin=dict(teacher_acc=60.0 + seed), epochs=5)
+        constant = early | dict(schedule="constant", beta=9.0, betas=[9.0] * 5)
+        write_run(tmp_path / f"early{seed}.jsonl", [1, 2, 3, 4, 70], **early)
+        write_run(tmp_path / f"strong{seed}.jsonl", [1, 2, 3, 4, 50], betas=[90.0, 90.0], beta=90.0, **early)
+        write_run(tmp_path / f"constant{seed}.jsonl", [1, 2, 3, 4, 60.5], **constant)
+        write_run(tmp_path / f"none{seed}.jsonl", [1, 2, 3, 4, 30], schedule="none", seed=seed, epochs=5)
     heading, *rows = cells(plot.why(plot.read_rows(tmp_path.glob("*.jsonl"))))
-    assert heading[-1] == "mean beta" and rows == [
-        ["deit_tiny + early guidance, beta 2.5", "41.50 ± 2.12", "+9.50 ± 0.71", "3.75", "0.833"],
-        ["deit_tiny + early guidance, beta 90", "41.50 ± 2.12", "-10.50 ± 0.71", "180", "60"],
+    assert heading[-2:] == ["the same, last epoch", "mean beta"] and rows == [
+        ["deit_tiny alone", "50.00 ± 0.00", "", "", "", ""],
+        ["deit_tiny + constant guidance, beta 9", "41.50 ± 2.12", "+0.00 ± 0.71", "31.5", "31.5", "9"],
+        ["deit_tiny + early guidance, beta 2.5", "41.50 ± 2.12", "+9.50 ± 0.71", "3.75", "0", "0.5"],
+        ["deit_tiny + early guidance, beta 90", "41.50 ± 2.12", "-10.50 ± 0.71", "180", "0", "36"],
     ]
-    assert plot.why(plot.read_rows(tmp_path.glob("none*.jsonl"))) == ""
 
 
 def test_rows_are_compared_seed_by_seed_by_a_paired_t_test(plot, tmp_path):
@@ -192,18 +204,28 @@ def test_rows_are_compared_seed_by_seed_by_a_paired_t_test(plot, tmp_path):
     def compare(seed, one, other):
         write_run(tmp_path / f"constant{seed}.jsonl", [1, 2, one], schedule="constant", seed=seed)
         write_run(tmp_path / f"early{seed}.jsonl", [1, 2, other], schedule="early", seed=seed)
-        return plot.paired(plot.read_rows(tmp_path.glob("*.jsonl"))).splitlines()[-1:]
+        return cells(plot.paired(plot.read_rows(tmp_path.glob("*.jsonl"))))[1:]
 
     assert compare(0, 70, 73) == []  # one pair has no deviation
     compare(1, 60, 61)
-    line = compare(2, 65, 67)[0]
-    assert "| deit_tiny + early guidance, minus deit_tiny + constant guidance | +2.00 ± 1.00 | 3 | " in line
-    assert line.endswith("| -0.48 to +4.48 | not told apart |")
+    (line,) = compare(2, 65, 67)
+    assert line[0] == "deit_tiny + early guidance, minus deit_tiny + constant guidance"
+    assert line[1:] == ["+2.00 ± 1.00", "3", "4.303", "2.48", "-0.48 to +4.48", "not told apart"]
     compare(3, 60, 62)
-    assert compare(4, 60, 62)[0].endswith("| higher |")
+    (line,) = compare(4, 60, 62)  # 3, 1, 2, 2, 2: std sqrt(1/2); the plan's 1.24 of it is the threshold
+    assert line[1:] == ["+2.00 ± 0.71", "5", "2.776", "0.88", "+1.12 to +2.88", "higher"]
     for seed in range(5, 12):
-        line = compare(seed, 62, 60)[0]
-    assert "| 12 |" in line
+        (line,) = compare(seed, 62, 60)
+    assert line[2:4] == ["12", "2.262"]  # that of ten
+
+
+def test_the_thresholds_of_t_leave_a_twentieth_outside(plot):
+    """Student's density, integrated."""
+    for freedom, t in enumerate(plot.T_975, start=1):
+        x = np.linspace(-t, t, 20001)
+        factor = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+        density = factor * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        assert np.sum((density[1:] + density[:-1]) / 2 * np.diff(x)) == pytest.approx(0.95, abs=5e-5)
 
 
 def test_the_tables_come_in_order_in_one_file(plot, figures, tmp_path, monkeypatch):
@@ -344,8 +366,8 @@ def test_the_guidance_loss_is_the_mean_over_the_seeds_that_are_still_guided(plot
     rows = plot.read_rows(tmp_path.glob("*.jsonl"))
     _, [[axes]] = plot.subplots()
     with warnings.catch_warnings(action="error"):
-        for i, (name, runs) in enumerate(rows.items()):
-            plot.curve(axes, i, name, runs, "loss_guidance")
+        for name, style in plot.styles(rows).items():
+            plot.curve(axes, name, rows[name], "loss_guidance", style)
     alone, adaptive = (np.ma.filled(line.get_ydata(), np.nan) for line in axes.lines)
     np.testing.assert_array_equal(adaptive, [3, 4, 5, np.nan])
     assert np.isnan(alone).all()
@@ -354,64 +376,103 @@ def test_the_guidance_loss_is_the_mean_over_the_seeds_that_are_still_guided(plot
 def test_the_end_of_guidance_is_marked_on_the_curves_of_accuracy(plot, figures, tmp_path, monkeypatch):
     """At the first epoch without guidance, counted from 1; an adaptive row has a mark for every seed's own."""
     logs = [
-        write_run(tmp_path / "none.jsonl", [1, 2, 3], schedule="none"),
-        write_run(tmp_path / "constant.jsonl", [1, 2, 3], schedule="constant", betas=[2.5] * 3),
-        write_run(tmp_path / "early.jsonl", [10, 20, 30], schedule="early"),
-        write_run(tmp_path / "adaptive0.jsonl", [1, 4, 7], schedule="adaptive", betas=[2.5]),
-        write_run(tmp_path / "adaptive1.jsonl", [1, 6, 9], schedule="adaptive", betas=[2.5, 2.5], seed=1),
+        write_run(tmp_path / "none.jsonl", [1, 2, 3], schedule="none", seconds=30),
+        write_run(tmp_path / "constant.jsonl", [1, 2, 3], schedule="constant", betas=[2.5] * 3, seconds=30),
+        write_run(tmp_path / "early.jsonl", [10, 20, 30], schedule="early", seconds=30),
+        write_run(tmp_path / "adaptive0.jsonl", [1, 4, 7], schedule="adaptive", betas=[2.5], seconds=30),
+        write_run(
+            tmp_path / "adaptive1.jsonl", [1, 6, 9], schedule="adaptive", betas=[2.5, 2.5], seed=1, seconds=30
+        ),
     ]
     run_plot(plot, monkeypatch, *logs, "--out", tmp_path)
-    axes = figures["accuracy.png"].axes[0]
-    marks = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "|"]
-    assert marks == [[], [], [[2, 20]], [[2, 5], [3, 8]]]
-    assert "|: guidance has ended" in axes.get_xlabel()
+    for name, minutes in (("accuracy.png", 1), ("time.png", 0.5)):  # an epoch
+        axes = figures[name].axes[0]
+        marks = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "|"]
+        assert marks == [[], [], [[2 * minutes, 20]], [[2 * minutes, 5], [3 * minutes, 8]]]
+        assert "|: guidance has ended" in axes.get_xlabel()
     assert not [
         line for axes in figures["losses.png"].axes for line in axes.lines if line.get_marker() == "|"
     ]
 
 
-def test_strength_shows_accuracy_by_beta_of_rows_that_differ_in_nothing_else(plot, figures, tmp_path):
-    for seed in range(2):
+def test_strength_shows_accuracy_by_beta_of_rows_that_differ_in_nothing_else(plot, figures, tmp_path, capsys):
+    for seed, teacher in enumerate((60.0, 63.0)):
+        about = dict(seed=seed, origin=dict(teacher_acc=teacher, teacher_model="resnet8"), epochs=5)
         for schedule, beta, guide_epochs, accuracy in (
             ("constant", 3.0, None, 40),
             ("constant", 30.0, None, 50),
             ("early", 30.0, None, 60),
             ("early", 30.0, 2, 70),
         ):
-            args = dict(schedule=schedule, beta=beta, guide_epochs=guide_epochs, seed=seed)
+            args = dict(schedule=schedule, beta=beta, guide_epochs=guide_epochs) | about
             path = tmp_path / f"{schedule}-{beta}-{guide_epochs}-{seed}.jsonl"
-            write_run(path, [1, 2, accuracy + 4 * seed], **args)
-    write_run(tmp_path / "slow.jsonl", [1, 2, 99], schedule="constant", beta=90.0, lr=1e-5)
+            write_run(path, [1, 2, 3, 4, accuracy + 4 * seed], **args)
+        write_run(
+            tmp_path / f"none-{seed}.jsonl", [1, 2, 3, 4, 20 + seed], schedule="none", seed=seed, epochs=5
+        )
+    write_run(tmp_path / "slow.jsonl", [1, 2, 3, 4, 99], schedule="constant", beta=90.0, lr=1e-5, epochs=5)
     plot.draw_strength(plot.read_rows(tmp_path.glob("*.jsonl")), tmp_path)
     axes = figures["strength.png"].axes[0]
-    shown = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axes.containers}
-    assert axes.get_xscale() == "log" and shown == {
+    labelled = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    assert axes.get_xscale() == "log"
+    assert {label: line.get_xydata().tolist() for label, line in labelled.items()} == {
         "+ constant guidance": [[3, 42], [30, 52]],
         "+ early guidance": [[30, 62]],
-        "+ early guidance, 2 epochs": [[30, 72]],
+        "+ early guidance for 2 epochs": [[30, 72]],
+        "deit_tiny alone": [[0, 20.5], [1, 20.5]],  # across the figure
+        "the teacher, resnet8": [[0, 61.5], [1, 61.5]],  # of both seeds
     }
-    low, high = axes.containers[0].lines[2][0].get_segments()[1][:, 1]
-    assert (low, high) == (50, 54)  # from the lowest seed to the highest
+    looks = {(line.get_linestyle(), line.get_marker(), str(line.get_color())) for line in labelled.values()}
+    assert len(looks) == 5
+    single = [line for line in axes.lines if line.get_marker() == "."]
+    assert single[0].get_xydata().tolist() == [[3, 40], [3, 44], [30, 50], [30, 54]]
     figures.clear()
     plot.draw_strength(plot.read_rows([*tmp_path.glob("*-30.0-*.jsonl"), tmp_path / "slow.jsonl"]), tmp_path)
     assert not figures  # one strength, and another under another learning rate
+    assert capsys.readouterr().out.startswith("no strength.png: it takes two strengths of guidance")
 
 
-def test_gain_has_a_point_for_every_pair_of_an_early_and_a_constant_run(plot, figures, tmp_path):
-    for seed in range(3):
-        args = dict(seed=seed, lr=1e-3)
-        write_run(tmp_path / f"constant{seed}.jsonl", [1, 2, 50], train_acc=40, schedule="constant", **args)
-        write_run(tmp_path / f"early{seed}.jsonl", [1, 2, 52 + seed], train_acc=43 - seed, **args)
-    write_run(tmp_path / "alone.jsonl", [1, 2, 10], schedule="none", lr=1e-3)
-    write_run(tmp_path / "other-rate.jsonl", [1, 2, 10], lr=1e-4)
-    write_run(tmp_path / "other-seed.jsonl", [1, 2, 10], lr=1e-3, seed=7)
+def test_gain_has_a_point_for_every_two_runs_of_one_seed_and_teacher(plot, figures, tmp_path, capsys):
+    constant = dict(schedule="constant", betas=[9.0] * 5, beta=9.0)
+    stronger = dict(schedule="constant", betas=[90.0] * 5, beta=90.0)
+    cut = dict(schedule="constant", betas=[90.0], beta=90.0, guide_epochs=1)  # a hard stop is one, too
+    runs = [  # name, seed, training accuracy, accuracy, teacher, options
+        ("constant0", 0, 40, 50, 7, constant),
+        ("early0", 0, 43, 52, 7, {}),
+        ("constant1", 1, 41, 50, 8, constant),
+        ("early1", 1, 42, 53, 8, {}),
+        ("stronger0", 0, 30, 45, 7, stronger),
+        ("cut1", 1, 45, 54, 8, cut),
+        ("alone1", 1, 20, 30, None, dict(schedule="none")),
+        ("retrained", 2, 0, 0, 9, {}),
+        ("retrained2", 2, 99, 99, 10, constant),
+        ("rate0", 0, 44, 49, 7, dict(lr=1e-4)),
+        ("cnn0", 0, 0, 0, None, dict(schedule="none", model="resnet56")),
+    ]
+    for name, seed, train_acc, accuracy, teacher, args in runs:
+        args = (
+            dict(train_acc=train_acc, seed=seed, lr=1e-3, origin=dict(teacher_crc=teacher), epochs=5) | args
+        )
+        write_run(tmp_path / f"{name}.jsonl", [1, 2, 3, 4, accuracy], **args)
     plot.draw_gain(plot.read_rows(tmp_path.glob("*.jsonl")), tmp_path)
-    lines = [line for line in figures["gain.png"].axes[0].lines if line.get_marker() != "None"]
-    assert [line.get_xydata().tolist() for line in lines] == [[[3, 2], [2, 3], [1, 4]]]
+    axes = figures["gain.png"].axes[0]
+    lines = [line for line in axes.lines if line.get_marker() != "None"]
+    assert {line.get_label(): sorted(line.get_xydata().tolist()) for line in lines} == {
+        "stopped minus constant (n = 4), beside them: their betas": [[1, 3], [3, 2], [4, 4], [13, 7]],
+        "constant minus weaker constant (n = 1)": [[-10, -5]],
+        "stopped minus weaker stopped (n = 1)": [[3, 1]],
+        "constant minus alone (n = 1)": [[21, 20]],
+        "stopped minus alone (n = 2)": [[22, 23], [25, 24]],
+        "other options differ, too (n = 3)": [[1, -3], [4, -1], [14, 4]],
+    }
+    assert sorted((text.get_text(), *text.xy) for text in axes.texts) == [
+        ("2.5 vs 9", 2, 2.5),  # in the middle of two points
+        ("2.5 vs 90", 13, 7),
+        ("90 vs 9", 4, 4),
+    ]
     figures.clear()
-    (tmp_path / "early2.jsonl").unlink()
-    plot.draw_gain(plot.read_rows(tmp_path.glob("*.jsonl")), tmp_path)
-    assert not figures  # two pairs
+    plot.draw_gain(plot.read_rows([tmp_path / "constant0.jsonl", tmp_path / "early0.jsonl"]), tmp_path)
+    assert not figures and capsys.readouterr().out.startswith("no gain.png: it takes three pairs")
 
 
 def test_long_legends_leave_room_for_the_curves(plot, tmp_path, monkeypatch):
@@ -511,7 +572,7 @@ def test_look_draws_the_inside_of_every_row_from_checkpoints(plot, small_glyphs,
     command(monkeypatch, "--epochs", 2, "--schedule", "none", "--out", "none")
     look = ("none", "2.5", "9", "runs/glyphs-resnet8-seed0", "--look")
     run_plot(plot, monkeypatch, *look)
-    of_logs = {"table.md", "accuracy.png", "time.png", "losses.png", "strength.png"}
+    of_logs = {"table.md", "accuracy.png", "time.png", "losses.png", "strength.png", "gain.png"}
     maps = {f"maps-deit_mini-early-guidance-beta-{beta}.png" for beta in ("2.5", "9")}  # a file for each row
     assert {path.name for path in Path("figures").iterdir()} == {
         *of_logs,
