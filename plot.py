@@ -312,7 +312,7 @@ def draw_gain(rows, out):
     found = {}
     for two in combinations([run for runs in rows.values() for run in runs if run.student()], 2):
         one, other = sorted(two, key=lambda run: (KINDS.index(run.kind()), run.column("beta").mean()))
-        teachers = {run.origin.get("teacher_crc") for run in two if run.guided()}
+        teachers = {run.origin.get("teacher_crc") for run in two} - {None}  # not known from older logs
         if one.args["seed"] == other.args["seed"] and len(teachers) < 2:
             but = GUIDANCE if one.kind() == "alone" else STRENGTH
             words = f"{other.kind()} minus {'weaker ' * (one.kind() == other.kind())}{one.kind()}"
