@@ -1,8 +1,8 @@
 """The command line: options, what they default to, and how a program ends when something goes wrong."""
 
 import argparse
+import errno
 import os
-import re
 import sys
 from pathlib import Path
 from zlib import crc32
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from data import CLASSES
 from guidance import beta_at
 from model import TRANSFORMERS
-from plumbing.files import InputError
+from plumbing.files import InputError, out_of_memory
 from plumbing.runs import Interrupted, build, quoted, saved_options
 from teacher import CNNS, TEACHER_SIZE
 
@@ -40,20 +40,35 @@ def parse(argv, recipes):
     add_options(parser, recipes)
     args = parser.parse_args(argv)
     args.command = quoted(["python", "train.py", *argv])
-    given = [key for key in WITHOUT_EFFECT if getattr(args, key) is not None]
-    idle = [f"--{key.replace('_', '-')}" for key in given if key != "beta" or args.beta]
+    given = {key for key, value in vars(args).items() if value is not None}
+    args.batch_given = "batch_size" in given  # if not, few images have smaller batches
     if args.resume:  # what is not given is as it was; what is given and differs is refused by `begin`
         begun = argparse.Namespace(**vars(args))
         fill_in(begun, recipes)
         args.out = begun.out  # it may have been moved there
-        for key, value in saved_options(args.out).items():
+        saved = saved_options(args.out)
+        for key, value in saved.items():
             if key in vars(args) and getattr(args, key) is None and key != "device":
                 setattr(args, key, value)
+        args.batch_given = saved.get("batch_given", args.batch_given)
     fill_in(args, recipes)
     check(args, parser.error)
-    if idle and (args.schedule == "none" or args.beta == 0):  # loops over schedules share their options
-        print(f"note: without guidance, {', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect")
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one talks
+        note_idle(args, given)
     return args
+
+
+def note_idle(args, given):
+    """Says which of the given options have no effect; loops over schedules and models share their options."""
+    unguided = args.schedule == "none" or args.beta == 0
+    for where, idle in (
+        ("without guidance", [key for key in WITHOUT_EFFECT if unguided and (key != "beta" or args.beta)]),
+        (f"with {args.model}", ["patch_size"] * (args.model in CNNS)),
+        ("with glyphs", ["data"] * (args.dataset == "glyphs")),
+    ):
+        names = [f"--{key.replace('_', '-')}" for key in idle if key in given]
+        if names:
+            print(f"note: {where}, {', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect")
 
 
 def add_options(parser, recipes):
@@ -148,7 +163,7 @@ def check(args, fail):
     if args.teacher == "resnet18":
         fail("resnet18 is no teacher: choose resnet56, resnet20 or resnet8")
     for key, least, most in (
-        ("epochs", 1, 2**63),
+        ("epochs", 1, 10**6),
         ("batch_size", 2, 2**63),
         ("image_size", 8, 2048),
         ("patch_size", 1, 2048),
@@ -178,7 +193,7 @@ def of_teacher(args, recipes):
         f"--seed={args.seed}",
     ]
     for key in ("data", "classes", "held_out", "device"):
-        if getattr(args, key) not in (None, "data", "auto"):
+        if getattr(args, key) not in (None, "data", "auto") and (key, args.dataset) != ("data", "glyphs"):
             argv.append(f"--{key.replace('_', '-')}={getattr(args, key)}")
     argv += [f"--{'' if args.amp else 'no-'}amp"] if args.amp is not None else []
     argv += [f"--{'' if args.compile else 'no-'}compile"] if args.compile is not None else []
@@ -188,27 +203,36 @@ def of_teacher(args, recipes):
 def command_line(program):
     """Runs a program. What the user can mend ends with one line and exit code 1, Ctrl-C with 130, SIGTERM with
     143."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # where it was closed
+    utf8 = sys.stdout.encoding.lower() == "utf-8"  # which can give the bytes of any file name back
+    sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
         program()
         sys.stdout.flush()  # here and not while Python ends, where nothing could be caught
     except InputError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    except (MemoryError, RuntimeError) as error:
-        sys.exit(f"error: {in_one_line(error)}")
     except BrokenPipeError:  # nobody reads on, as behind `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still has to flush
+        give_up_stdout()
         sys.exit(1)
+    except (MemoryError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {in_one_line(error)}")
     except KeyboardInterrupt as stop:
         sys.exit(143 if isinstance(stop, Interrupted) else 130)
+
+
+def give_up_stdout():
+    """Lets Python throw away what it would still write there when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def in_one_line(error):
     """What a user can do about an error of Python's or torch's; raised again if nobody knows."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
-        "allocate memory|out of memory", str(error)
-    ):
+    if out_of_memory(error):
         return f"out of memory ({reason}); choose a smaller --batch-size or --image-size, and another --out"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        give_up_stdout()  # no other file: `write_whole` has a message of its own
+        return f"cannot write what is printed ({reason}); free space, or send it elsewhere"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({reason}); try again with --no-compile"
     if isinstance(error, dist.DistError) or "gloo" in reason:
