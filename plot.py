@@ -37,7 +37,19 @@ LINES = ("-", "--", "-.", ":", "-", "--", "-.")  # so that a print without colou
 STYLES = list(zip(COLOURS, LINES, "o^sDv<>"))
 NAMES = {"none": "alone"} | {key: f"+ {key} guidance" for key in ("constant", "early", "adaptive")}
 # A teacher makes another row by its network and length, which the logs of its students hold
-NO_ROW = ("seed", "out", "data", "device", "resume", "evaluate", "teacher", "compile", "command", "recipe")
+NO_ROW = (
+    "seed",
+    "out",
+    "data",
+    "device",
+    "resume",
+    "evaluate",
+    "teacher",
+    "compile",
+    "command",
+    "recipe",
+    "batch_given",
+)
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, for 2 to 10 pairs
 
 

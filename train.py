@@ -18,7 +18,6 @@ What makes it work, and its effect where that was measured (on a CPU; see result
 
 import math
 import sys
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -185,8 +184,6 @@ class Training:
         transformer = args.model in TRANSFORMERS
         factor = lambda step: lr_at(step / steps, args.epochs, args.lr, transformer) / args.lr  # noqa: E731
         self.scheduler, self.scaler, self.history = LambdaLR(self.optimizer, factor), precision.scaler, []
-        # float16's scaler may leave the first steps out, until its scale fits; LambdaLR takes that for a mistake
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         # the published threshold is for the mean form, which starts near 39 with the paper's teacher
         self.adaptive = AdaptiveStop(threshold=-0.02 / (39 if args.reduction == "relative" else 1))
 

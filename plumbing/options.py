@@ -28,12 +28,8 @@ class Options(argparse.ArgumentParser):
 
 
 def parse(argv, recipes):
-    """The options of a run. Each has a value afterwards, so that a run's args say all there is to know.
-
-    Args:
-        argv: a list of words, as from a command line.
-        recipes: name -> defaults. A given option wins over its recipe's; without --recipe, --dataset implies one.
-    """
+    """The options of a run, from a list of words. Each has a value afterwards, so that a run's args say all there is
+    to know: a given option wins over its recipe's; without --recipe, --dataset implies one."""
     parser = Options(
         prog="train.py", description="Trains a transformer, guided or alone, or a ResNet.", allow_abbrev=False
     )
@@ -78,47 +74,33 @@ def add_options(parser, recipes):
     add("--dataset", choices=CLASSES, help="glyphs is generated, the others are real (default: glyphs)")
     add("--data", metavar="DIR", help="where data sets and their caches are (default: data)")
     add("--classes", type=int, metavar="K", help="use the first K classes only, for a quick run")
-    add(
-        "--held-out",
-        type=float,
-        metavar="F",
-        help="measure on this fraction of the training images, which is "
-        "then not trained on, and leave the test images alone: for choosing",
+    held_out = (
+        "for choosing: measure on this fraction of the training images, and leave the test images alone"
     )
+    add("--held-out", type=float, metavar="F", help=held_out)
     add("--model", choices=[*TRANSFORMERS, *CNNS])
     add("--schedule", choices=["none", "constant", "early", "adaptive"], help="of beta (default: early)")
     add("--beta", type=float, help="weight of the guidance loss at the start")
-    add(
-        "--reduction",
-        choices=["mean", "sum", "relative"],
-        help="L_guidance over channels: sum in the formula, mean in the paper's code; relative: the mean over "
-        "the mean square of the teacher's maps, so that one beta fits every teacher",
+    reduction = (
+        "L_guidance over channels: sum in the formula, mean in the paper's code; relative: the mean over the "
     )
+    reduction += "mean square of the teacher's maps, so that one beta fits every teacher"
+    add("--reduction", choices=["mean", "sum", "relative"], help=reduction)
     add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (early: a third)")
-    add(
-        "--teacher", metavar="FILE", help="its last.pt, or its model's name, which is then trained if need be"
-    )
+    add("--teacher", metavar="FILE", help="its last.pt, or its model's name, to be trained if need be")
     add("--epochs", type=int)
-    add("--batch-size", type=int)
+    add("--batch-size", type=int, help="(default: the recipe's, at most a tenth of the training images)")
     add("--lr", type=float, help="peak learning rate")
     add("--image-size", type=int, help="pixels the model sees")
     add("--patch-size", type=int, help="pixels of a transformer's patch")
     add("--augment", choices=["strong", "weak"], help="strong: the reference recipe; weak: crop and flip")
-    add(
-        "--init",
-        metavar="FILE",
-        help="first weights: a last.pt, or timm's or torchvision's of the same network",
-    )
+    add("--init", metavar="FILE", help="first weights: a last.pt, or timm's or torchvision's of the network")
     add("--seed", type=int, help="of weights, order and augmentation (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: auto)")
     add("--amp", action=on_off, help="bfloat16 autocast (default: on a CUDA GPU)")
     add("--compile", action=on_off, help="torch.compile (default: in a long run on a CUDA GPU)")
     add("--out", metavar="DIR", help="its folder (default: runs/<dataset>-<model>-<schedule>-seed<seed>)")
-    add(
-        "--resume",
-        action="store_true",
-        help="continue after the last whole epoch, with the options of before",
-    )
+    add("--resume", action="store_true", help="continue after the last whole epoch, with the same options")
 
 
 def fill_in(args, recipes):
@@ -130,9 +112,8 @@ def fill_in(args, recipes):
         recipe["classes"] = None  # they belong to the recipe's own data set
     args.model = args.model or recipe["model"]
     if args.model in CNNS:
-        recipe |= {key: recipe[f"cnn_{key}"] for key in ("epochs", "batch_size", "lr")} | dict(
-            schedule="none"
-        )
+        recipe |= {key: recipe[f"cnn_{key}"] for key in ("epochs", "batch_size", "lr")}
+        recipe["schedule"] = "none"
         if args.model != "resnet18":  # the row to compare with sees what the transformer sees
             recipe["image_size"] = TEACHER_SIZE
     for key, value in recipe.items():
@@ -162,14 +143,8 @@ def check(args, fail):
         fail("the adaptive rule is made for the mean form of the loss, or --reduction relative: not for sum")
     if args.teacher == "resnet18":
         fail("resnet18 is no teacher: choose resnet56, resnet20 or resnet8")
-    for key, least, most in (
-        ("epochs", 1, 10**6),
-        ("batch_size", 2, 2**63),
-        ("image_size", 8, 2048),
-        ("patch_size", 1, 2048),
-        ("lr", 1e-12, 2**63),
-        ("seed", 0, 2**63),
-    ):
+    limits = dict(epochs=(1, 10**6), batch_size=(2, 2**63), image_size=(8, 2048), patch_size=(1, 2048))
+    for key, (least, most) in (limits | dict(lr=(1e-12, 2**63), seed=(0, 2**63))).items():
         if not least <= getattr(args, key) <= most:
             bound = f"at least {least}" if getattr(args, key) < least else f"at most {most}"
             fail(f"--{key.replace('_', '-')} must be {bound}, not {getattr(args, key)}")
@@ -186,12 +161,8 @@ def check(args, fail):
 def of_teacher(args, recipes):
     """The options of the run that trains the teacher `args` names: as a user would give them, so that its log
     holds a command that makes it again."""
-    argv = [
-        f"--recipe={args.recipe}",
-        f"--dataset={args.dataset}",
-        f"--model={args.teacher}",
-        f"--seed={args.seed}",
-    ]
+    argv = [f"--{key}={getattr(args, key)}" for key in ("recipe", "dataset", "seed")]
+    argv.append(f"--model={args.teacher}")
     for key in ("data", "classes", "held_out", "device"):
         if getattr(args, key) not in (None, "data", "auto") and (key, args.dataset) != ("data", "glyphs"):
             argv.append(f"--{key.replace('_', '-')}={getattr(args, key)}")

@@ -50,7 +50,7 @@ def load_checkpoint(path):
         for keys, part in (
             ("model projections optimizer scheduler scaler generator guiding adaptive history origin", state),
             ("model dataset data classes image_size patch_size epochs teacher", state["args"]),
-            ("dataset num_classes train test held_out side", state["data"]),
+            ("dataset num_classes class_names train test held_out side", state["data"]),
         ):
             if missing := set(keys.split()).difference(part):
                 raise ValueError(f"it lacks {', '.join(sorted(missing))}")
@@ -97,16 +97,11 @@ def initialise(network, path):
     with explained(f"{path} does not hold weights for this network", "choose another --init"):
         state = state.get("model", state)
         ours = network.state_dict()
-        anew = [
-            name
-            for name in ("head.weight", "head.bias", "fc.weight", "fc.bias")
-            if name in ours and state[name].shape != ours[name].shape
-        ]
+        heads = [name for name in ("head.weight", "head.bias", "fc.weight", "fc.bias") if name in ours]
+        anew = [name for name in heads if state[name].shape != ours[name].shape]
         network.load_state_dict(state | {name: ours[name] for name in anew})
-    print(
-        f"first weights: {path}"
-        + (f"; {' and '.join(anew)} start anew, as the classes are others" if anew else "")
-    )
+    others = f"; {' and '.join(anew)} start anew, as the classes are others" if anew else ""
+    print(f"first weights: {path}{others}")
 
 
 def check_data(path, was, data, but_for=()):
@@ -128,11 +123,8 @@ def check_data(path, was, data, but_for=()):
 
 @contextmanager
 def locked(folder, wait=False):
-    """No other process trains into the folder meanwhile. The lock goes with the process, however it ends.
-
-    Args:
-        wait: for a process that does, instead of refusing.
-    """
+    """No other process trains into the folder meanwhile: one that does is refused, or waited for. The lock goes
+    with the process, however it ends."""
     with explained(f"cannot write into {folder}", "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # not the log, which every epoch replaces
@@ -160,8 +152,7 @@ def saved_options(out):
 
 
 def begin(args):
-    """The checkpoint to go on from, or None; refuses to resume what is not there or was begun with other
-    options, and to overwrite what is."""
+    """The checkpoint to go on from, or None. Refuses to overwrite a run, and to go on under other conditions."""
     last = Path(args.out, "last.pt")
     state = load_checkpoint(last) if last.exists() else None
     if args.resume:
@@ -184,7 +175,7 @@ def begin(args):
 
 
 def check_options(args, last):
-    """Refuses to resume a run with other options than it was begun with, which its checkpoint or its log holds."""
+    """Refuses to resume what is not there, or was begun with other options."""
     begun = saved_options(args.out)
     if not begun:
         raise InputError(f"there is nothing to resume in {args.out}: check --out, or leave --resume out")
@@ -197,7 +188,7 @@ def check_options(args, last):
     ]
     if other:
         longer = f", or start a longer run from its weights with --init {last}"
-        longer *= last.exists() and begun["epochs"] != args.epochs
+        longer *= last.exists() and begun.get("epochs") != args.epochs
         raise InputError(
             f"the run in {args.out} was made with other options: {'; '.join(other)}; choose the same{longer}"
         )
@@ -258,9 +249,7 @@ class Folder:
             batch_size = min(batch_size, max(images // 10, 8))
         batch_size = min(batch_size, images) // self.processes * self.processes
         if not batch_size:
-            raise InputError(
-                f"{images} training images cannot be shared by {self.processes} processes: use python"
-            )
+            raise InputError(f"{images} images cannot be shared by {self.processes} processes: use python")
         return batch_size, images // batch_size  # the last partial batch is dropped
 
     def open_teacher(self, path, data):
@@ -269,13 +258,9 @@ class Folder:
         check_data(path, state["data"], data)
         with explained(f"the teacher {path} cannot guide", "choose another --teacher"):
             teacher = load_teacher(state)
-        self.origin |= dict(
-            teacher=str(path),
-            teacher_model=state["args"]["model"],
-            teacher_epochs=len(state["history"]),
-            teacher_crc=weights_crc(state),
-            teacher_command=state["origin"]["command"],
-        )
+        self.origin |= dict(teacher=str(path), teacher_crc=weights_crc(state))
+        self.origin |= dict(teacher_model=state["args"]["model"], teacher_epochs=len(state["history"]))
+        self.origin |= dict(teacher_command=state["origin"]["command"])
         return teacher
 
     def accept_teacher(self, confusion, data):
@@ -338,13 +323,10 @@ class Folder:
 
     def check_finite(self, line, training):
         """Ends the run before a loss or weight that is not finite reaches a file."""
-        losses = [line[key] for key in ("loss_cls", "loss_guidance") if line[key] is not None]
-        finite = all(map(math.isfinite, losses))
+        finite = math.isfinite(line["loss_cls"]) and math.isfinite(line["loss_guidance"] or 0)
         networks = filter(None, (training.model, training.projections))
-        weights = [
-            tensor.isfinite().all() for network in networks for tensor in network.state_dict().values()
-        ]
-        if not finite or not torch.stack(weights).all():
+        weights = [tensor for network in networks for tensor in network.state_dict().values()]
+        if not finite or not torch.stack([tensor.isfinite().all() for tensor in weights]).all():
             kept = f"{self.last} keeps the epoch before; try another --out with" if line["epoch"] else "try"
             raise InputError(
                 f"{'a weight' if finite else 'the loss'} is not finite in epoch {line['epoch']}: loss_cls "
@@ -386,7 +368,7 @@ def imbalance(data):
     counts = data.y_train.bincount(minlength=data.num_classes).tolist()
     if max(counts) <= 2 * min(counts):
         return ""
-    names = data.about.get("class_names") or [f"class {k}" for k in range(data.num_classes)]
+    names = data.about["class_names"]
     most, least = (f"{pick(counts)} of {names[counts.index(pick(counts))]!r}" for pick in (max, min))
     return f" (from {least} to {most})"
 
@@ -399,22 +381,17 @@ def origin_of(args, device):
     except (OSError, subprocess.CalledProcessError):  # no git, or a copy outside a repository
         commit = None
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    versions = {module.__name__: str(module.__version__) for module in (torch, torchvision, numpy)}
-    origin = dict(
-        command=args.command, args=vars(args), seed=args.seed, git_commit=commit, device=str(device)
-    )
-    origin |= dict(hardware=hardware, threads=torch.get_num_threads(), python=platform.python_version())
-    started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    return origin | versions | dict(pillow=PIL.__version__, started=started)
+    origin = dict(command=args.command, args=vars(args), seed=args.seed, git_commit=commit)
+    origin |= dict(device=str(device), hardware=hardware, threads=torch.get_num_threads())
+    origin |= {module.__name__: str(module.__version__) for module in (torch, torchvision, numpy)}
+    origin |= dict(python=platform.python_version(), pillow=PIL.__version__)
+    return origin | dict(started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
 
 
 def guidance_in_words(args):
     """The schedule of beta as a sentence."""
-    betas = [
-        beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs)
-        for epoch in range(args.epochs)
-    ]
-    guided = sum(beta > 0 for beta in betas)
+    schedule = args.schedule, args.epochs, args.beta, args.guide_epochs
+    guided = sum(beta_at(schedule[0], epoch, *schedule[1:]) > 0 for epoch in range(args.epochs))
     if not guided:
         return "none, plain cross-entropy; no teacher is called"
     shape = "beta falls linearly from {:g} to 0" if args.schedule == "early" else "beta = {:g}"
@@ -442,11 +419,8 @@ class Progress:
                     self.project((time.perf_counter() - warm) / 3)
             if sys.stdout.isatty() and step:
                 speed = images / self.seconds()
-                print(
-                    f"epoch {self.epoch}, step {step} of {self.steps}: {speed:.0f} images/s",
-                    end="  \r",
-                    flush=True,
-                )
+                shown = f"epoch {self.epoch}, step {step} of {self.steps}: {speed:.0f} images/s"
+                print(shown, end="  \r", flush=True)
             yield batch
             images += len(batch[1])
         if self.epoch == 0 and self.steps < 5:
@@ -517,7 +491,7 @@ def interruptible(args, processes):
         if isinstance(reason, KeyboardInterrupt) and processes.rank == 0:
             words = [word for word in sys.argv if word != "--resume"]
             words += ["--resume"] * Path(args.out, "log.jsonl").exists()
-            program = ["torchrun", "--standalone", f"--nproc_per_node={processes.count}"]
-            program = program if processes.count > 1 else ["python"]
+            torchrun = ["torchrun", "--standalone", f"--nproc_per_node={processes.count}"]
+            program = torchrun if processes.count > 1 else ["python"]
             print(f"\nstopped; to go on: {quoted(program + words)}", file=sys.stderr)
         raise
