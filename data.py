@@ -7,6 +7,7 @@ these files; one without a list of files, such as a user's own, is used as it is
 import hashlib
 import json
 import random
+from itertools import compress, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,16 +39,30 @@ class Data(NamedTuple):
     y_test: torch.Tensor
     num_classes: int
     about: dict = {}
-    test_names: list = []  # of the test images, where they have any
+    test_names: list = []  # of the test images: their files, or numbers
+
+
+class Part(NamedTuple):
+    """Images that belong together, as they are stored: uint8 (N, S, S, 3) and labels (N,)."""
+
+    x: np.ndarray
+    y: np.ndarray
+    digest: str
+    names: list
+
+    def only(self, keep, which=""):
+        """The images where `keep` (N,) is true; `which` tells their digest from that of all."""
+        if keep.all():
+            return self  # a copy might not fit into memory
+        return Part(self.x[keep], self.y[keep], self.digest + which, list(compress(self.names, keep)))
 
 
 class Source(NamedTuple):
-    """What a cache holds. Splits: "train"; "test", which measures; "other", a second one that a folder may have.
-    Each is images uint8 (N, S, S, 3), labels (N,) and a digest."""
+    """What a cache holds. Parts: "train"; "test", which measures; "other", a second one that a folder may have."""
 
-    splits: dict
+    parts: dict
     class_names: list
-    files: list | None = None
+    files: list | None = None  # "split/class/name size time" of every image, part by part
 
 
 def load(name, root="data", classes=None, device="cpu", held_out=None, split="test"):
@@ -56,11 +71,11 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
     Args:
         name: glyphs (generated), cifar10, cifar100, flowers, chaoyang or folder.
         root: where data and caches are or go. For chaoyang the folder with train.json, test.json and images,
-            for folder the one with images in any usual layout (`plumbing.images.find_images`).
+            for folder the one with images in any usual layout (`plumbing.images.find_images`). Where that has
+            no second split, a fifth of every class is the test images.
         classes: keep the first so many classes only, for a quick run.
         device: where the tensors of the returned `Data` are put.
         held_out: the fraction of the training images that takes the place of the test images (`hold_out`).
-            A folder without a second split holds out a fifth.
         split: "other" for the test/ of a folder that has val/ too, which then takes the place of val/.
 
     Raises:
@@ -68,63 +83,42 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
     """
     if name not in CLASSES:
         raise InputError(f"unknown data set {name!r}: choose one of {', '.join(CLASSES)}")
-    source = open_source(name, Path(root))
-    num_classes = len(source.class_names)
-    if classes is not None:
-        if not 2 <= classes <= num_classes:
-            raise InputError(f"cannot use {classes} classes of {name}: choose from 2 to {num_classes}")
-        num_classes = classes
-    if "test" not in source.splits and held_out is None:
+    parts, class_names, _ = open_source(name, Path(root))
+    if classes is not None and not 2 <= classes <= len(class_names):
+        raise InputError(f"cannot use {classes} classes of {name}: choose from 2 to {len(class_names)}")
+    class_names = class_names[:classes]
+    if "test" not in parts:
         print(f"note: {root} has no val/ or test/: a fifth of every class is held out to measure on")
-        held_out = 0.2
-    if split == "test" and held_out is not None:
-        split = "train"  # a part of it
-    if split not in source.splits:
+        fifth = hold_out(parts["train"].y, 0.2)
+        parts["test"] = parts["train"].only(fifth, ", a fifth")
+        parts["train"] = parts["train"].only(~fifth, ", four fifths")
+    if split not in parts:
         raise InputError(f"{root} has no second split: leave --split out")
-    parts = []
-    for x, y, _ in (source.splits["train"], source.splits[split]):
-        keep = y < num_classes
-        if not keep.any():
-            raise InputError(f"{name} has no image of the first {num_classes} classes; choose more classes")
-        parts.append(torch.from_numpy(x[keep]).permute(0, 3, 1, 2).contiguous())  # (N, 3, S, S)
-        parts.append(torch.from_numpy(y[keep]).long())
-    about = dict(
-        dataset=name,
-        class_names=source.class_names[:num_classes],
-        train=source.splits["train"][2],
-        test=source.splits[split][2],
-        held_out=held_out,
-    )
-    names = names_of(source, split, num_classes)
+    train, test = (parts[key].only(parts[key].y < len(class_names)) for key in ("train", split))
+    if not (len(train.y) and len(test.y)):
+        raise InputError(f"{name} has no image of the first {classes} classes; choose more classes")
     if held_out is not None:
-        held = hold_out(parts[1], held_out)
-        if split == "train":
-            parts[2:], names = (
-                [parts[0][held], parts[1][held]],
-                [n for n, is_held in zip(names, held) if is_held],
-            )
-        parts[:2] = parts[0][~held], parts[1][~held]
-    report_copies(name, parts, "test" if held_out is None else "held-out")
-    return Data(*(part.to(device) for part in parts), num_classes, about, names)
+        held = hold_out(train.y, held_out)
+        test = train.only(held) if split == "test" else test
+        train = train.only(~held)
+    report_copies(name, train.x, test.x, "test" if held_out is None else "held-out")
+    about = dict(dataset=name, class_names=class_names, held_out=held_out)
+    about |= dict(train=train.digest, test=test.digest)
+    tensors = [
+        tensor.contiguous().to(device)
+        for x, y, *_ in (train, test)
+        for tensor in (torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(y).long())
+    ]
+    return Data(*tensors, len(class_names), about, test.names)
 
 
-def names_of(source, split, num_classes):
-    """The names of a split's images of the first classes: of its files, or numbers where there are none."""
-    labels = source.splits[split][1]
-    names = [str(i) for i in range(len(labels))]
-    if source.files:  # "split/class/name size time", split by split in the order of the images
-        start = sum(len(part[1]) for part in list(source.splits.values())[: list(source.splits).index(split)])
-        names = [line.rsplit(" ", 2)[0] for line in source.files[start : start + len(labels)]]
-    return [name for name, label in zip(names, labels) if label < num_classes]
-
-
-def report_copies(name, parts, kind):
+def report_copies(name, x_train, x_test, kind):
     """Says so where images that measure are trained on too; in a folder they are most likely copied by mistake."""
-    seen = {hash(image.tobytes()) for image in parts[0].numpy()}
-    known = sum(hash(image.tobytes()) in seen for image in parts[2].numpy())
+    seen = {hash(image.tobytes()) for image in x_train}
+    known = sum(hash(image.tobytes()) in seen for image in x_test)
     if known:
         print(
-            f"note: {known} of the {len(parts[2])} {kind} images of {name} are training images too, pixel by "
+            f"note: {known} of the {len(x_test)} {kind} images of {name} are training images too, pixel by "
             "pixel: on them accuracy shows memory only"
         )
 
@@ -134,9 +128,9 @@ def hold_out(labels, fraction):
 
     At least one image of a class is held out, unless it has no other: that one is trained on.
     """
-    random_state, held = np.random.RandomState(0), torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():  # RandomState's numbers are the same in every version of numpy
-        places = random_state.permutation((labels == label).nonzero()[:, 0].numpy())
+    random_state, held = np.random.RandomState(0), np.zeros(len(labels), bool)
+    for label in np.unique(labels):  # RandomState's numbers are the same in every version of numpy
+        places = random_state.permutation(np.flatnonzero(labels == label))
         held[places[: min(max(1, round(fraction * len(places))), len(places) - 1)]] = True
     if not held.any():
         raise InputError("no class has two images, so none can be held out; add images")
@@ -145,32 +139,40 @@ def hold_out(labels, fraction):
 
 def open_source(name, root):
     """A data set from its cache; where there is none, or it is of other files, made anew and cached."""
-    if (
-        name == "glyphs"
-    ):  # a version in place of a digest: another Pillow draws letters a few levels differently
-        arrays, digests = glyphs(), ("glyphs 1, training", "glyphs 1, test")
-        return Source(dict(zip(("train", "test"), zip(arrays[::2], arrays[1::2], digests))), list(GLYPHS))
+    if name == "glyphs":  # by version: another Pillow draws letters a few levels differently
+        arrays = glyphs()
+        digests = ["glyphs 1, training", "glyphs 1, test"]
+        return Source(make_parts(dict(train=arrays[:2], test=arrays[2:]), digests), list(GLYPHS))
     cache, listing = root / f"{name}.npz", None
     source = read_cache(cache, name)
     if name in ("folder", "chaoyang") and not (source and source.files is None):
         listing = find_images(root) if name == "folder" else chaoyang(root)
         print(*[f"note: {line}\n" for line in listing.notes], sep="", end="")
-        if source and source.files == stamps(listing):
-            return source
-    elif source:
+    if source and (listing is None or source.files == stamps(listing)):
         return source
-    if listing:
-        source = Source(arranged(decode(listing)), listing.classes, stamps(listing))
+    if listing:  # val/ measures; test/ beside it is left for later
+        splits, files = decode(listing), stamps(listing)
+        roles = dict(train="train", val="test", test="other")
+        arrays = {roles[split]: (x, y) for split, (x, y, _) in splits.items()}
+        digests = [digest for *_, digest in splits.values()]
+        source = Source(make_parts(arrays, digests, files), listing.classes, files)
     else:
         source = flowers(root) if name == "flowers" else cifar(root, name)
     write_cache(cache, source)
     return source
 
 
-def arranged(splits):
-    """A folder's splits by what they are for: val/ measures, or else test/ does; a second one is left for later."""
-    names = {"train": "train", "val": "test", "test": "other"}
-    return {names[split]: part for split, part in splits.items()}
+def make_parts(arrays, digests=None, files=None):
+    """The parts of a `Source`, of {part: (x, y)}. Without digests of files the arrays are known by their own."""
+    names, parts = iter([line.rsplit(" ", 2)[0] for line in files or []]), {}
+    digests = digests or [
+        hashlib.sha256(x.tobytes() + y.astype(np.int64).tobytes()).hexdigest()[:16]
+        for x, y in arrays.values()
+    ]
+    for (part, (x, y)), digest in zip(arrays.items(), digests):
+        numbers = map(str, range(len(y)))
+        parts[part] = Part(x, y, digest, list(islice(names if files else numbers, len(y))))
+    return parts
 
 
 def read_cache(path, name):
@@ -179,46 +181,46 @@ def read_cache(path, name):
         return None
     try:
         with np.load(path, allow_pickle=False) as file:  # a pickle could run anything
-            splits = ["train", *(split for split in ("test", "other") if f"x_{split}" in file)]
-            arrays = [(file[f"x_{split}"], file[f"y_{split}"]) for split in splits]
+            parts = ["train", *(part for part in ("test", "other") if f"x_{part}" in file)]
+            arrays = {part: (file[f"x_{part}"], file[f"y_{part}"]) for part in parts}
             known = {key: file[key].tolist() for key in ("class_names", "digests", "files") if key in file}
-    except Exception as error:  # damaged, pickled, too large, no zip file: numpy raises many things
+    except MemoryError as error:
+        raise InputError(f"{path} does not fit into memory ({error}); free some, or delete it") from error
+    except Exception as error:  # damaged, pickled, no zip file: numpy raises many things
         raise InputError(f"{path} is no usable cache ({error}); delete it to have it made again") from error
-    num_classes = check(arrays, CLASSES[name] or len(known.get("class_names", ())) or None, path)
-    digests = known.get("digests") or [digest(x, y) for x, y in arrays]
-    class_names = known.get("class_names") or [f"class {k}" for k in range(num_classes)]
-    if (len(class_names), len(digests)) != (num_classes, len(splits)):
+    class_names, digests, files = (known.get(key) for key in ("class_names", "digests", "files"))
+    num_classes = check(arrays, CLASSES[name] or class_names and len(class_names), path)
+    class_names = class_names or [f"class {k}" for k in range(num_classes)]
+    if len(class_names) != num_classes or len(digests or arrays) != len(arrays):
         raise InputError(
-            f"{path} holds {len(class_names)} class_names for {num_classes} classes and {len(digests)} "
-            f"digests for {len(splits)} splits. Delete it to have it made again"
+            f"{path} holds {len(class_names)} class_names for {num_classes} classes and {len(digests or [])} "
+            f"digests for {len(arrays)} splits. Delete it to have it made again"
         )
-    return Source(
-        {s: (*pair, d) for s, pair, d in zip(splits, arrays, digests)}, class_names, known.get("files")
-    )
+    return Source(make_parts(arrays, digests, files), class_names, files)
 
 
 def write_cache(path, source):
     """Keeps a source for the next run, where the folder can be written to."""
-    arrays = {
-        f"{axis}_{split}": part[i] for split, part in source.splits.items() for i, axis in enumerate("xy")
-    }
-    known = dict(digests=[part[2] for part in source.splits.values()], class_names=source.class_names)
+    known = dict(class_names=source.class_names, digests=[part.digest for part in source.parts.values()])
+    for name, part in source.parts.items():
+        known |= {f"x_{name}": part.x, f"y_{name}": part.y}
     known |= dict(files=source.files) if source.files is not None else {}
     try:
-        write_whole(path, lambda file: np.savez(file, **arrays, **known))
+        write_whole(path, lambda file: np.savez(file, **known))
     except InputError as error:
         print(f"note: no cache is kept, so that images are decoded at every start: {error}")
 
 
 def check(arrays, num_classes, source):
-    """The number of classes (None: what the labels say) of splits of square images, or a refusal."""
+    """The number of classes (None: what the labels say) of parts of square images, or a refusal."""
+    (first, labels), *_ = arrays = list(arrays.values())
     for x, y in arrays:
-        square = x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (*arrays[0][0].shape[1:2] * 2, 3)
+        square = x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (*first.shape[1:2] * 2, 3)
         if not (square and len(x) and y.shape == x.shape[:1] and y.dtype.kind in "iu"):
             problem = f"images {x.dtype} {x.shape} with labels {y.dtype} {y.shape}"
         else:
             num_classes = num_classes or int(y.max()) + 1
-            if arrays[0][1].min() == 0 <= y.min() <= y.max() < num_classes:
+            if labels.min() == 0 <= y.min() <= y.max() < num_classes:
                 continue
             problem = f"labels from {y.min()} to {y.max()}, not 0 to {num_classes - 1}"
         raise InputError(
@@ -228,26 +230,19 @@ def check(arrays, num_classes, source):
     return num_classes
 
 
-def digest(x, y):
-    """What arrays are known by, where there are no files to know them by."""
-    return hashlib.sha256(x.tobytes() + y.astype(np.int64).tobytes()).hexdigest()[:16]
-
-
 def cifar(root, name):
     """CIFAR-10 or CIFAR-100 through torchvision, which checks md5 sums."""
     make = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     train, test = (fetch(make, root, name, train) for train in (True, False))
-    arrays = [(part.data, np.array(part.targets)) for part in (train, test)]
+    arrays = {key: (part.data, np.array(part.targets)) for key, part in (("train", train), ("test", test))}
     check(arrays, CLASSES[name], name)
-    return Source(
-        {s: (*pair, digest(*pair)) for s, pair in zip(("train", "test"), arrays)}, list(train.classes)
-    )
+    return Source(make_parts(arrays), list(train.classes))
 
 
 def flowers(root):
     """Flowers-102 through torchvision; its train and val parts together train (2,040 images), as is usual."""
-    arrays = []
-    for splits in (("train", "val"), ("test",)):
+    arrays = {}
+    for part, splits in dict(train=("train", "val"), test=("test",)).items():
         x, y = [], []
         for split in splits:
             with explained(
@@ -256,9 +251,8 @@ def flowers(root):
                 for image, label in fetch(datasets.Flowers102, root, "flowers", split):
                     x.append(np.asarray(ImageOps.fit(image, (STORED, STORED), Image.Resampling.BICUBIC)))
                     y.append(label)
-        arrays.append((np.stack(x), np.array(y)))
-    names = [f"class {k}" for k in range(CLASSES["flowers"])]
-    return Source({s: (*pair, digest(*pair)) for s, pair in zip(("train", "test"), arrays)}, names)
+        arrays[part] = np.stack(x), np.array(y)
+    return Source(make_parts(arrays), [f"class {k}" for k in range(CLASSES["flowers"])])
 
 
 def fetch(make, root, name, part):

@@ -38,7 +38,7 @@ COLOURS = dict(zip(LINES, ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 MARKERS = "o^sDv<>"
 KINDS = ("alone", "constant", "fading", "stopped")
 # A teacher makes another row by its network and length, which the logs of its students hold
-NO_ROW = ("seed", "out", "data", "device", "resume", "evaluate", "teacher", "compile", "command", "recipe")
+NO_ROW = tuple("seed out data device resume evaluate teacher compile command recipe batch_given".split())
 STRENGTH = ("schedule", "beta", "guide_epochs")
 GUIDANCE = (*STRENGTH, *WITHOUT_EFFECT, "teacher_model", "teacher_epochs")
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, for 2 to 10 pairs

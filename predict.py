@@ -11,7 +11,6 @@ To name images, a checkpoint is all it takes: it holds the class names and how i
 import csv
 import glob
 import io
-import sys
 from pathlib import Path
 
 import torch
@@ -44,9 +43,7 @@ def open_images(patterns, side):
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
         paths += [Path(name) for name in found if Path(name).is_file()]
         if not found or Path(pattern).is_dir():
-            raise InputError(
-                f"there is no image file {pattern}; name files, or a pattern such as folder/*.jpg"
-            )
+            raise InputError(f"there is no image file {pattern}; name files, or a pattern: folder/*.jpg")
     images, _ = read_images(paths, side)
     return paths, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
@@ -84,28 +81,25 @@ def write_csv(path, paths, truth, predicted, found):
 
 def parse(argv=None):
     """The command line."""
-    parser = Options(
-        prog="predict.py", description="Names what is in images, or measures a network class by class."
-    )
+    about = "Names what is in images, or measures a network class by class."
+    parser = Options(prog="predict.py", description=about)
     add = parser.add_argument
     add("checkpoint", help="a run's last.pt")
     add("images", nargs="*", help="image files; without any, the images that the run measured itself on")
-    add("--top", type=int, default=3, help="how many classes to name (default: 3)")
-    add(
-        "--split",
-        choices=["val", "test"],
-        default="val",
-        help="test: of a folder with val/ and test/, the latter",
-    )
+    add("--top", type=int, help="how many classes to name (default: 3)")
+    add("--split", choices=["val", "test"], help="test: of a folder with val/ and test/, the latter")
     add("--data", metavar="DIR", help="where its data set is now (default: where it was trained)")
     add("--csv", metavar="FILE", help="write image, truth, prediction, probability")
     add("--figure", metavar="FILE", help="draw the confusion matrix (needs matplotlib)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args(argv)
-    if args.images and (args.figure or args.split == "test"):
+    if args.images and (args.figure or args.split):
         parser.error("--figure and --split are about a data set: name no images with them")
-    if args.top < 1:
+    if args.top is not None and args.top < 1:
         parser.error(f"--top must be at least 1, not {args.top}")
+    idle, what = ("data", "with images that are named") if args.images else ("top", "without images to name")
+    if getattr(args, idle) is not None:
+        print(f"note: {what}, --{idle} has no effect")
     return args
 
 
@@ -116,28 +110,18 @@ def main():
         from plot import confusion as draw  # which needs matplotlib
     model, state = restore(args.checkpoint)
     theirs, about = state["args"], state["data"]
-    names = about.get("class_names") or [f"class {k}" for k in range(about["num_classes"])]
+    names = about["class_names"]
     device, precision, _ = pick_device(args.device, None)
     model = to_device(model, device)
     if args.images:
-        if "side" not in about:
-            raise InputError(
-                f"{args.checkpoint} was made by an older train.py and lacks image sizes: train it again"
-            )
         paths, images = open_images(args.images, about["side"])
         found = probabilities(model, images.to(device), theirs["image_size"], precision)
-        name_images(found, paths, names, args.top)
+        name_images(found, paths, names, args.top or 3)
         truth = [""] * len(paths)
     else:
         split = "other" if args.split == "test" else "test"
-        data = load(
-            theirs["dataset"],
-            args.data or theirs["data"],
-            theirs["classes"],
-            device,
-            about.get("held_out"),
-            split,
-        )
+        folder = args.data or theirs["data"]
+        data = load(theirs["dataset"], folder, theirs["classes"], device, about["held_out"], split)
         check_data(args.checkpoint, about, data, but_for=["test"] * (split == "other"))
         found = probabilities(model, data.x_test, theirs["image_size"], precision)
         paths, truth = data.test_names, [names[k] for k in data.y_test.tolist()]
@@ -152,5 +136,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
     command_line(main)

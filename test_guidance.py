@@ -441,9 +441,9 @@ def test_one_command_trains_the_teacher_then_the_guided_student_and_tells_its_st
     assert history[0]["loss_guidance"] > 0 and history[1]["loss_guidance"] is None
     keys = {"loss_cls", "train_acc", "val_acc", "lr", "seconds", "images_per_second"}
     assert all(line.keys() >= keys for line in history)
-    # the learning rate in the log is that of an epoch's last step: the teacher has 320 // 64 of them
+    # the learning rate in the log is that of an epoch's last step: the teacher has ten of 320 images
     teacher = runs.load_checkpoint("runs/glyphs-resnet8-seed0/last.pt")
-    rates = [0.05 * (1 + math.cos(math.pi * (epoch + 4 / 5) / 5)) for epoch in range(5)]
+    rates = [0.05 * (1 + math.cos(math.pi * (epoch + 9 / 10) / 5)) for epoch in range(5)]
     assert [line["lr"] for line in teacher["history"]] == pytest.approx(rates)
     # both accuracies, by code of our own: the teacher's on the student's test tensors, shrunk to 32 px
     images, labels, accuracies = prepare(data.load("glyphs").x_test, 64), data.load("glyphs").y_test, []

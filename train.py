@@ -142,20 +142,22 @@ def trained_teacher(args):
     if args.teacher not in CNNS:
         return Path(args.teacher)
     theirs = options.of_teacher(args, RECIPES)
-    path = Path(theirs.out, "last.pt")
+    path, epochs = Path(theirs.out, "last.pt"), theirs.epochs
     if path.parent.resolve() == Path(args.out).resolve():  # it would wait for itself
         raise InputError(f"{args.out} is the folder of the teacher: choose another --out")
     if not runs.is_finished(path):
         with runs.locked(path.parent, wait=True):
-            if runs.is_finished(path):  # by the process that was waited for
-                return path
-            if path.exists():  # continued as it was begun
-                begun = runs.load_checkpoint(path)["args"]
-                vars(theirs).update(begun, device=args.device, data=args.data, out=theirs.out)
-            theirs.resume = path.exists() or path.with_name("log.jsonl").exists()
-            print(f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs")
-            train(theirs)
-            print()
+            if not runs.is_finished(path):  # by the process that was waited for
+                if path.exists():  # continued as it was begun
+                    begun = runs.load_checkpoint(path)["args"]
+                    vars(theirs).update(begun, device=args.device, data=args.data, out=theirs.out)
+                theirs.resume = path.exists()
+                print(
+                    f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs"
+                )
+                train(theirs)
+                print()
+    runs.note_length(path, epochs)
     return path
 
 
@@ -171,14 +173,13 @@ def measure_scale(guidance, student, teacher, data, image_size, precision):
 class Training:
     """What changes while a run trains, which is what its checkpoint holds."""
 
-    def __init__(self, args, num_classes, steps, teacher, precision, device):
+    def __init__(self, args, num_classes, steps, channels, precision, device):
         torch.manual_seed(args.seed)  # the first weights
         self.generator = torch.Generator().manual_seed(args.seed)  # order of the images, augmentation
         network = runs.build(args.model, num_classes, args.image_size, args.patch_size)
-        self.model, self.projections, self.guiding = to_device(network, device), None, teacher is not None
-        if teacher:
-            guidance = Guidance(network.feature_channels, teacher.feature_channels, args.reduction)
-            self.projections = guidance.to(device)
+        self.model, self.projections, self.guiding = to_device(network, device), None, bool(channels)
+        if channels:  # the teacher's
+            self.projections = Guidance(network.feature_channels, channels, args.reduction).to(device)
         self.optimizer = make_optimizer(self.model, self.projections, args.lr)
         transformer = args.model in TRANSFORMERS
         factor = lambda step: lr_at(step / steps, args.epochs, args.lr, transformer) / args.lr  # noqa: E731
@@ -221,19 +222,18 @@ def train(args, processes=Processes()):
     checkpoint = runs.begin(args)
     device, precision, in_words = pick_device(args.device, args.amp)
     folder = runs.Folder(args, device, in_words, processes)
-    teacher, guided = None, args.schedule != "none" and args.beta > 0
+    teacher, channels, guided = None, runs.guided_channels(checkpoint), runs.needs_teacher(args, checkpoint)
     with processes.first_one_first():
         data = load(args.dataset, args.data, args.classes, device, args.held_out)
         batch_size, steps = folder.count_steps(data)
-        if guided and checkpoint and args.teacher in CNNS:
-            path = Path(checkpoint["origin"]["teacher"])  # wherever it is called now, `begin` has seen it
-        elif guided:
-            path = trained_teacher(args)
+        if guided:
+            path = runs.teacher_of(args, checkpoint) if checkpoint else trained_teacher(args)
     if guided:
         teacher = to_device(folder.open_teacher(path, data), device)
+        channels = teacher.feature_channels
         confusion = evaluate(teacher, data.x_test, data.y_test, args.image_size, precision, as_teacher=True)
-        folder.accept_teacher(confusion, "test" if data.about.get("held_out") is None else "held-out")
-    now = Training(args, data.num_classes, steps, teacher, precision, device)
+        folder.accept_teacher(confusion, data)
+    now = Training(args, data.num_classes, steps, channels, precision, device)
     if args.init and not checkpoint:
         runs.initialise(now.model, args.init)
     if checkpoint:
@@ -242,7 +242,7 @@ def train(args, processes=Processes()):
         with explained(f"the teacher {path} cannot guide", "choose another --teacher"):
             measure_scale(now.projections, now.model, teacher, data, args.image_size, precision)
     compiled, compiled_in_words = pick_compile(args.compile, device, steps * args.epochs)
-    folder.announce(data, now, f"{in_words}; {compiled_in_words}")
+    folder.announce(data, now, f"{in_words}; {compiled_in_words}", precision)
     # what is saved, and evaluated, are the plain networks
     student, teacher, guidance = processes.wrap(now.model, teacher, now.projections, compiled)
 

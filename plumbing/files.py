@@ -4,6 +4,7 @@ import glob
 import io
 import os
 import platform
+import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,8 +22,16 @@ def explained(problem, remedy):
         yield
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        if out_of_memory(error):
+            raise
         raise InputError(f"{problem} ({error}); {remedy}") from error
+
+
+def out_of_memory(error):
+    """Whether an error says that memory is full: torch has several for it, of several classes."""
+    full = re.search("allocate memory|out of memory|not enough memory", str(error), re.IGNORECASE)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(full)
 
 
 def write_whole(path, save):
@@ -78,7 +87,7 @@ def read_tensors(path):
     """What `write_tensors` wrote, on the CPU. Only tensors and plain values are unpickled: a file runs nothing.
 
     Raises:
-        InputError: there is no such file, or it is damaged or something else.
+        InputError: there is no such file, or it is damaged or something else, or does not fit into memory.
     """
     if not Path(path).is_file():
         raise InputError(f"there is no file {path}: check the name, or train it first")
@@ -86,4 +95,6 @@ def read_tensors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged, a foreign pickle, no torch file at all: torch raises many things
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if out_of_memory(error):
+            raise InputError(f"out of memory while {path} was read ({reason}): end other programs") from error
         raise InputError(f"{path} is damaged or no checkpoint ({reason}); train it again") from error

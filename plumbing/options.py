@@ -1,8 +1,8 @@
 """The command line: options, what they default to, and how a program ends when something goes wrong."""
 
 import argparse
+import errno
 import os
-import re
 import sys
 from pathlib import Path
 from zlib import crc32
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from data import CLASSES
 from guidance import beta_at
 from model import TRANSFORMERS
-from plumbing.files import InputError
+from plumbing.files import InputError, out_of_memory
 from plumbing.runs import Interrupted, build, quoted, saved_options
 from teacher import CNNS, TEACHER_SIZE
 
@@ -28,32 +28,43 @@ class Options(argparse.ArgumentParser):
 
 
 def parse(argv, recipes):
-    """The options of a run. Each has a value afterwards, so that a run's args say all there is to know.
-
-    Args:
-        argv: a list of words, as from a command line.
-        recipes: name -> defaults. A given option wins over its recipe's; without --recipe, --dataset implies one.
-    """
+    """The options of a run, from a list of words. Each has a value afterwards, so that a run's args say all there is
+    to know: a given option wins over its recipe's; without --recipe, --dataset implies one."""
     parser = Options(
         prog="train.py", description="Trains a transformer, guided or alone, or a ResNet.", allow_abbrev=False
     )
     add_options(parser, recipes)
     args = parser.parse_args(argv)
     args.command = quoted(["python", "train.py", *argv])
-    given = [key for key in WITHOUT_EFFECT if getattr(args, key) is not None]
-    idle = [f"--{key.replace('_', '-')}" for key in given if key != "beta" or args.beta]
+    given = {key for key, value in vars(args).items() if value is not None}
+    args.batch_given = "batch_size" in given  # if not, few images have smaller batches
     if args.resume:  # what is not given is as it was; what is given and differs is refused by `begin`
         begun = argparse.Namespace(**vars(args))
         fill_in(begun, recipes)
         args.out = begun.out  # it may have been moved there
-        for key, value in saved_options(args.out).items():
+        saved = saved_options(args.out)
+        for key, value in saved.items():
             if key in vars(args) and getattr(args, key) is None and key != "device":
                 setattr(args, key, value)
+        args.batch_given = saved.get("batch_given", args.batch_given)
     fill_in(args, recipes)
     check(args, parser.error)
-    if idle and (args.schedule == "none" or args.beta == 0):  # loops over schedules share their options
-        print(f"note: without guidance, {', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect")
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one talks
+        note_idle(args, given)
     return args
+
+
+def note_idle(args, given):
+    """Says which of the given options have no effect; loops over schedules and models share their options."""
+    unguided = args.schedule == "none" or args.beta == 0
+    for where, idle in (
+        ("without guidance", [key for key in WITHOUT_EFFECT if unguided and (key != "beta" or args.beta)]),
+        (f"with {args.model}", ["patch_size"] * (args.model in CNNS)),
+        ("with glyphs", ["data"] * (args.dataset == "glyphs")),
+    ):
+        names = [f"--{key.replace('_', '-')}" for key in idle if key in given]
+        if names:
+            print(f"note: {where}, {', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect")
 
 
 def add_options(parser, recipes):
@@ -63,47 +74,33 @@ def add_options(parser, recipes):
     add("--dataset", choices=CLASSES, help="glyphs is generated, the others are real (default: glyphs)")
     add("--data", metavar="DIR", help="where data sets and their caches are (default: data)")
     add("--classes", type=int, metavar="K", help="use the first K classes only, for a quick run")
-    add(
-        "--held-out",
-        type=float,
-        metavar="F",
-        help="measure on this fraction of the training images, which is "
-        "then not trained on, and leave the test images alone: for choosing",
+    held_out = (
+        "for choosing: measure on this fraction of the training images, and leave the test images alone"
     )
+    add("--held-out", type=float, metavar="F", help=held_out)
     add("--model", choices=[*TRANSFORMERS, *CNNS])
     add("--schedule", choices=["none", "constant", "early", "adaptive"], help="of beta (default: early)")
     add("--beta", type=float, help="weight of the guidance loss at the start")
-    add(
-        "--reduction",
-        choices=["mean", "sum", "relative"],
-        help="L_guidance over channels: sum in the formula, mean in the paper's code; relative: the mean over "
-        "the mean square of the teacher's maps, so that one beta fits every teacher",
+    reduction = (
+        "L_guidance over channels: sum in the formula, mean in the paper's code; relative: the mean over the "
     )
+    reduction += "mean square of the teacher's maps, so that one beta fits every teacher"
+    add("--reduction", choices=["mean", "sum", "relative"], help=reduction)
     add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (early: a third)")
-    add(
-        "--teacher", metavar="FILE", help="its last.pt, or its model's name, which is then trained if need be"
-    )
+    add("--teacher", metavar="FILE", help="its last.pt, or its model's name, to be trained if need be")
     add("--epochs", type=int)
-    add("--batch-size", type=int)
+    add("--batch-size", type=int, help="(default: the recipe's, at most a tenth of the training images)")
     add("--lr", type=float, help="peak learning rate")
     add("--image-size", type=int, help="pixels the model sees")
     add("--patch-size", type=int, help="pixels of a transformer's patch")
     add("--augment", choices=["strong", "weak"], help="strong: the reference recipe; weak: crop and flip")
-    add(
-        "--init",
-        metavar="FILE",
-        help="first weights: a last.pt, or timm's or torchvision's of the same network",
-    )
+    add("--init", metavar="FILE", help="first weights: a last.pt, or timm's or torchvision's of the network")
     add("--seed", type=int, help="of weights, order and augmentation (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: auto)")
     add("--amp", action=on_off, help="bfloat16 autocast (default: on a CUDA GPU)")
     add("--compile", action=on_off, help="torch.compile (default: in a long run on a CUDA GPU)")
     add("--out", metavar="DIR", help="its folder (default: runs/<dataset>-<model>-<schedule>-seed<seed>)")
-    add(
-        "--resume",
-        action="store_true",
-        help="continue after the last whole epoch, with the options of before",
-    )
+    add("--resume", action="store_true", help="continue after the last whole epoch, with the same options")
 
 
 def fill_in(args, recipes):
@@ -115,9 +112,8 @@ def fill_in(args, recipes):
         recipe["classes"] = None  # they belong to the recipe's own data set
     args.model = args.model or recipe["model"]
     if args.model in CNNS:
-        recipe |= {key: recipe[f"cnn_{key}"] for key in ("epochs", "batch_size", "lr")} | dict(
-            schedule="none"
-        )
+        recipe |= {key: recipe[f"cnn_{key}"] for key in ("epochs", "batch_size", "lr")}
+        recipe["schedule"] = "none"
         if args.model != "resnet18":  # the row to compare with sees what the transformer sees
             recipe["image_size"] = TEACHER_SIZE
     for key, value in recipe.items():
@@ -147,14 +143,8 @@ def check(args, fail):
         fail("the adaptive rule is made for the mean form of the loss, or --reduction relative: not for sum")
     if args.teacher == "resnet18":
         fail("resnet18 is no teacher: choose resnet56, resnet20 or resnet8")
-    for key, least, most in (
-        ("epochs", 1, 2**63),
-        ("batch_size", 2, 2**63),
-        ("image_size", 8, 2048),
-        ("patch_size", 1, 2048),
-        ("lr", 1e-12, 2**63),
-        ("seed", 0, 2**63),
-    ):
+    limits = dict(epochs=(1, 10**6), batch_size=(2, 2**63), image_size=(8, 2048), patch_size=(1, 2048))
+    for key, (least, most) in (limits | dict(lr=(1e-12, 2**63), seed=(0, 2**63))).items():
         if not least <= getattr(args, key) <= most:
             bound = f"at least {least}" if getattr(args, key) < least else f"at most {most}"
             fail(f"--{key.replace('_', '-')} must be {bound}, not {getattr(args, key)}")
@@ -171,14 +161,10 @@ def check(args, fail):
 def of_teacher(args, recipes):
     """The options of the run that trains the teacher `args` names: as a user would give them, so that its log
     holds a command that makes it again."""
-    argv = [
-        f"--recipe={args.recipe}",
-        f"--dataset={args.dataset}",
-        f"--model={args.teacher}",
-        f"--seed={args.seed}",
-    ]
+    argv = [f"--{key}={getattr(args, key)}" for key in ("recipe", "dataset", "seed")]
+    argv.append(f"--model={args.teacher}")
     for key in ("data", "classes", "held_out", "device"):
-        if getattr(args, key) not in (None, "data", "auto"):
+        if getattr(args, key) not in (None, "data", "auto") and (key, args.dataset) != ("data", "glyphs"):
             argv.append(f"--{key.replace('_', '-')}={getattr(args, key)}")
     argv += [f"--{'' if args.amp else 'no-'}amp"] if args.amp is not None else []
     argv += [f"--{'' if args.compile else 'no-'}compile"] if args.compile is not None else []
@@ -188,27 +174,36 @@ def of_teacher(args, recipes):
 def command_line(program):
     """Runs a program. What the user can mend ends with one line and exit code 1, Ctrl-C with 130, SIGTERM with
     143."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # where it was closed
+    utf8 = sys.stdout.encoding.lower() == "utf-8"  # which can give the bytes of any file name back
+    sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
         program()
         sys.stdout.flush()  # here and not while Python ends, where nothing could be caught
     except InputError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    except (MemoryError, RuntimeError) as error:
-        sys.exit(f"error: {in_one_line(error)}")
     except BrokenPipeError:  # nobody reads on, as behind `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still has to flush
+        give_up_stdout()
         sys.exit(1)
+    except (MemoryError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {in_one_line(error)}")
     except KeyboardInterrupt as stop:
         sys.exit(143 if isinstance(stop, Interrupted) else 130)
+
+
+def give_up_stdout():
+    """Lets Python throw away what it would still write there when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def in_one_line(error):
     """What a user can do about an error of Python's or torch's; raised again if nobody knows."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
-        "allocate memory|out of memory", str(error)
-    ):
+    if out_of_memory(error):
         return f"out of memory ({reason}); choose a smaller --batch-size or --image-size, and another --out"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        give_up_stdout()  # no other file: `write_whole` has a message of its own
+        return f"cannot write what is printed ({reason}); free space, or send it elsewhere"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({reason}); try again with --no-compile"
     if isinstance(error, dist.DistError) or "gloo" in reason:

@@ -17,10 +17,13 @@ from zlib import crc32
 import numpy
 import PIL
 import torch
+import torch.nn.functional as F
 import torchvision
 
+from augment import batches
 from guidance import beta_at
 from model import TRANSFORMERS
+from plumbing.devices import to_device
 from plumbing.files import InputError, explained, read_tensors, write_tensors, write_whole
 from teacher import CNNS, load_teacher
 
@@ -42,11 +45,15 @@ def build(name, num_classes, image_size, patch_size):
 
 def load_checkpoint(path):
     """What `Folder.save` saved, as a dictionary on the CPU."""
-    state = read_tensors(path)
-    keys = set("args data model projections optimizer generator guiding adaptive origin history".split())
-    keys |= {"dataset", "classes", "image_size", "patch_size", "epochs"}
-    if not (isinstance(state, dict) and keys <= {*state, *state.get("args", ())}):
-        raise InputError(f"{path} was not written by this train.py; choose the last.pt of a run")
+    state, problem = read_tensors(path), f"{path} was made by another version of train.py, or is no last.pt"
+    with explained(problem, "choose another, or train it again"):
+        for keys, part in (
+            ("model projections optimizer scheduler scaler generator guiding adaptive history origin", state),
+            ("model dataset data classes image_size patch_size epochs teacher", state["args"]),
+            ("dataset num_classes class_names train test held_out side", state["data"]),
+        ):
+            if missing := set(keys.split()).difference(part):
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     return state
 
 
@@ -56,6 +63,16 @@ def is_finished(path):
         return False
     state = load_checkpoint(path)
     return len(state["history"]) == state["args"]["epochs"]
+
+
+def note_length(path, epochs):
+    """Says so where a teacher was trained, by hand, for a number of epochs that is not the recipe's."""
+    trained = len(load_checkpoint(path)["history"])
+    if trained != epochs:
+        print(
+            f"note: the teacher in {path.parent} was trained for {trained} epochs, not for the recipe's {epochs}; "
+            "remove that folder to have it trained anew"
+        )
 
 
 def restore(path):
@@ -80,35 +97,20 @@ def initialise(network, path):
     with explained(f"{path} does not hold weights for this network", "choose another --init"):
         state = state.get("model", state)
         ours = network.state_dict()
-        anew = [
-            name
-            for name in ("head.weight", "head.bias", "fc.weight", "fc.bias")
-            if name in ours and state[name].shape != ours[name].shape
-        ]
+        heads = [name for name in ("head.weight", "head.bias", "fc.weight", "fc.bias") if name in ours]
+        anew = [name for name in heads if state[name].shape != ours[name].shape]
         network.load_state_dict(state | {name: ours[name] for name in anew})
-    print(
-        f"first weights: {path}"
-        + (f"; {' and '.join(anew)} start anew, as the classes are others" if anew else "")
-    )
+    others = f"; {' and '.join(anew)} start anew, as the classes are others" if anew else ""
+    print(f"first weights: {path}{others}")
 
 
 def check_data(path, was, data, but_for=()):
     """Refuses a checkpoint that was trained on other data than these, and says what differs."""
-    now = describe(data)
-    if "train" not in was:
-        raise InputError(
-            f"{path} was made by an older train.py, which knew its data less well: train it again"
-        )
-    words = dict(
-        dataset="data set",
-        num_classes="number of classes",
-        class_names="classes",
-        held_out="part held out",
-        train="training images",
-        test="test images",
-    )
+    now, valued = describe(data), ("dataset", "num_classes", "held_out")
+    words = dict(dataset="data set", num_classes="number of classes", class_names="classes")
+    words |= dict(held_out="part held out", train="training images", test="test images")
     other = [
-        f"{word} ({was[key]}, now {now[key]})" if key in ("dataset", "num_classes", "held_out") else word
+        f"{word} ({was[key]}, now {now[key]})" if key in valued else word
         for key, word in words.items()
         if was.get(key) != now.get(key) and key not in but_for
     ]
@@ -121,11 +123,8 @@ def check_data(path, was, data, but_for=()):
 
 @contextmanager
 def locked(folder, wait=False):
-    """No other process trains into the folder meanwhile. The lock goes with the process, however it ends.
-
-    Args:
-        wait: for a process that does, instead of refusing.
-    """
+    """No other process trains into the folder meanwhile: one that does is refused, or waited for. The lock goes
+    with the process, however it ends."""
     with explained(f"cannot write into {folder}", "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # not the log, which every epoch replaces
@@ -153,36 +152,19 @@ def saved_options(out):
 
 
 def begin(args):
-    """The checkpoint to go on from, or None; refuses to resume what is not there or was begun with other
-    options, and to overwrite what is."""
-    log, last = Path(args.out, "log.jsonl"), Path(args.out, "last.pt")
-    if args.resume and not (log.exists() or last.exists()):
-        raise InputError(f"there is nothing to resume in {args.out}: check --out, or leave --resume out")
-    if not last.exists():
-        return None
-    state = load_checkpoint(last)
-    if not args.resume:
+    """The checkpoint to go on from, or None. Refuses to overwrite a run, and to go on under other conditions."""
+    last = Path(args.out, "last.pt")
+    state = load_checkpoint(last) if last.exists() else None
+    if args.resume:
+        check_options(args, last)
+    elif state:
         raise InputError(
             f"{args.out} holds a run of {len(state['history'])} epochs already: continue it with "
             "--resume, or choose another --out"
         )
-    if "scheduler" not in state:
-        raise InputError(
-            f"{last} was begun by an older train.py, with other learning rates: start another "
-            "--out, or finish it with that version"
-        )
-    free = ("resume", "out", "data", "device", "compile", "command", "teacher")
-    other = [
-        f"{key} was {value}, is {getattr(args, key, None)}"
-        for key, value in state["args"].items()
-        if value != getattr(args, key, None) and key not in free
-    ]
-    if other:
-        longer = f", or start a longer run from its weights with --init {last}" * ("epochs was" in str(other))
-        raise InputError(f"{last} was made with other options: {'; '.join(other)}; choose the same{longer}")
-    if "teacher" in state["origin"]:  # known by its weights, wherever it lies now
-        path = Path(state["origin"]["teacher"] if args.teacher in CNNS else args.teacher)
-        if args.teacher in CNNS and args.teacher != state["args"]["teacher"] or not path.is_file():
+    if state and needs_teacher(args, state):  # known by its weights, wherever it lies now
+        path = teacher_of(args, state)
+        if not path.is_file():
             raise InputError(
                 f"{last} was guided by {state['origin']['teacher']}: bring that file back, or say where "
                 "it is with --teacher"
@@ -190,6 +172,45 @@ def begin(args):
         if weights_crc(load_checkpoint(path)) != state["origin"]["teacher_crc"]:
             raise InputError(f"{last} was guided by another teacher than {path} is now: bring that one back")
     return state
+
+
+def check_options(args, last):
+    """Refuses to resume what is not there, or was begun with other options."""
+    begun = saved_options(args.out)
+    if not begun:
+        raise InputError(f"there is nothing to resume in {args.out}: check --out, or leave --resume out")
+    free = ["resume", "out", "data", "device", "compile", "command"]
+    free += ["teacher"] * (args.teacher not in CNNS)  # a file, which may have been moved
+    other = [
+        f"{key} was {value}, is {getattr(args, key, None)}"
+        for key, value in begun.items()
+        if value != getattr(args, key, None) and key not in free
+    ]
+    if other:
+        longer = f", or start a longer run from its weights with --init {last}"
+        longer *= last.exists() and begun.get("epochs") != args.epochs
+        raise InputError(
+            f"the run in {args.out} was made with other options: {'; '.join(other)}; choose the same{longer}"
+        )
+
+
+def needs_teacher(args, state=None):
+    """Whether a teacher will still be called in a run that begins, or goes on from a checkpoint."""
+    epoch = len(state["history"]) if state else 0
+    if epoch == args.epochs or state and not state["guiding"]:
+        return False
+    return beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs) > 0  # it never rises
+
+
+def teacher_of(args, state):
+    """The file of a resumed run's teacher: the one that is given now, or the one that it had."""
+    return Path(state["origin"]["teacher"] if args.teacher in CNNS else args.teacher)
+
+
+def guided_channels(state):
+    """The channels of the teacher's maps, from the projections in a checkpoint; none in a run without guidance."""
+    projections = state["projections"] if state else None
+    return [weight.shape[0] for weight in (projections or {}).values() if weight.ndim == 4]
 
 
 def weights_crc(state):
@@ -204,7 +225,7 @@ class Folder:
         self.args, self.writes, self.processes = args, processes.rank == 0, processes.count
         self.last, self.log = Path(args.out, "last.pt"), Path(args.out, "log.jsonl")
         self.origin = origin_of(args, device) | dict(precision=device_in_words, processes=processes.count)
-        if not self.log.exists():
+        if not self.last.exists():
             self.write_log([])
 
     def write_log(self, history):
@@ -221,13 +242,14 @@ class Folder:
         self.write_log(training.history)
 
     def count_steps(self, data):
-        """Images in a batch, less than asked for where there are fewer, and steps in an epoch."""
-        images = len(data.x_train)
-        batch_size = min(self.args.batch_size, images // self.processes * self.processes)
+        """Images in a batch and steps in an epoch, of which few images make at least ten unless --batch-size is
+        given: in few steps nothing is learnt."""
+        images, batch_size = len(data.x_train), self.args.batch_size
+        if not self.args.batch_given:
+            batch_size = min(batch_size, max(images // 10, 8))
+        batch_size = min(batch_size, images) // self.processes * self.processes
         if not batch_size:
-            raise InputError(
-                f"{images} training images cannot be shared by {self.processes} processes: use python"
-            )
+            raise InputError(f"{images} images cannot be shared by {self.processes} processes: use python")
         return batch_size, images // batch_size  # the last partial batch is dropped
 
     def open_teacher(self, path, data):
@@ -236,28 +258,27 @@ class Folder:
         check_data(path, state["data"], data)
         with explained(f"the teacher {path} cannot guide", "choose another --teacher"):
             teacher = load_teacher(state)
-        self.origin |= dict(
-            teacher=str(path),
-            teacher_model=state["args"]["model"],
-            teacher_epochs=len(state["history"]),
-            teacher_crc=weights_crc(state),
-        )
+        self.origin |= dict(teacher=str(path), teacher_crc=weights_crc(state))
+        self.origin |= dict(teacher_model=state["args"]["model"], teacher_epochs=len(state["history"]))
+        self.origin |= dict(teacher_command=state["origin"]["command"])
         return teacher
 
-    def accept_teacher(self, confusion, kind):
+    def accept_teacher(self, confusion, data):
         """Takes what the teacher makes of the very tensors that it would guide with, (K, K) counts; refuses one at
         chance: on the mean over the classes, so that always answering the commonest one is chance too."""
         name, path, epochs = (self.origin[key] for key in ("teacher_model", "teacher", "teacher_epochs"))
         accuracy, balanced = accuracies(confusion)
         present = (confusion.sum(dim=1) > 0).sum().item()
         if present > 1 and balanced < 100 / present + 1:
+            folder = quoted([str(Path(path).parent)])
             raise InputError(
-                f"the teacher {path} is at chance ({balanced:.1f}% on the mean over the classes): train "
-                "it longer, or another"
+                f"the teacher {path} is at chance ({balanced:.1f}% on the mean over the classes): choose "
+                f"another --teacher, or remove {folder} and train it longer: {self.origin['teacher_command']} "
+                f"--epochs {2 * epochs} --out {folder}; then run this command again"
             )
         print(
             f"teacher: {name} of {path}, trained for {epochs} epochs; it gets {accuracy:.2f}% of the "
-            f"{kind} images right, as it sees them while it guides"
+            f"{measured_on(data)} images right, as it sees them while it guides"
         )
         self.origin |= dict(teacher_acc=accuracy)
 
@@ -274,26 +295,26 @@ class Folder:
         self.write_log(training.history)  # a kill between checkpoint and log has left it a line short
         print(f"resumed after epoch {epoch - 1}")
 
-    def announce(self, data, training, device_in_words):
-        """Says what is about to be trained, with what, and how."""
+    def announce(self, data, training, device_in_words, precision):
+        """Says what is about to be trained, with what, and how; of a CNN, how long it will take."""
         args, (batch_size, steps), images = self.args, self.count_steps(data), len(data.x_train)
         parameters = sum(p.numel() for p in training.model.parameters())
         self.origin |= dict(parameters=parameters, steps=steps, data=describe(data))
         if training.projections and args.reduction == "relative":
             self.origin |= dict(guidance_scale=training.projections.scale.item())
-            print(
-                "unit of the guidance loss: {guidance_scale:.4g}, the mean square of the teacher's maps".format(
-                    **self.origin
-                )
-            )
-        measured_on = "test" if data.about.get("held_out") is None else "held-out"
-        unused = images % batch_size
+            unit = self.origin["guidance_scale"]
+            print(f"unit of the guidance loss: {unit:.4g}, the mean square of the teacher's maps")
+        unused, took = images % batch_size, ""
+        if args.model in CNNS:  # as an automatic teacher is, which somebody may not have expected
+            left = steps * (args.epochs - len(training.history))
+            seconds = round(left * seconds_a_step(args, data, batch_size, precision))
+            took = f"; this takes about {timedelta(seconds=seconds)}"
         print(
-            f"data: {args.dataset}, {images} training and {len(data.x_test)} {measured_on} images of "
+            f"data: {args.dataset}, {images} training and {len(data.x_test)} {measured_on(data)} images of "
             f"{data.x_train.shape[-1]} px, {data.num_classes} classes{imbalance(data)}\n"
             f"model: {args.model} at {args.image_size} px, {parameters:,} parameters\n"
             f"training: {args.epochs} epochs of {steps} steps of {batch_size} images"
-            f"{f', which leaves out {unused} images of each epoch' if 20 * unused > images else ''}\n"
+            f"{f', which leaves out {unused} images of each epoch' if 20 * unused > images else ''}{took}\n"
             f"device: {device_in_words}\n"
             f"guidance: {guidance_in_words(args)}\n"
             f"log and checkpoint: {args.out}",
@@ -302,18 +323,38 @@ class Folder:
 
     def check_finite(self, line, training):
         """Ends the run before a loss or weight that is not finite reaches a file."""
-        losses = [line[key] for key in ("loss_cls", "loss_guidance") if line[key] is not None]
-        finite = all(map(math.isfinite, losses))
+        finite = math.isfinite(line["loss_cls"]) and math.isfinite(line["loss_guidance"] or 0)
         networks = filter(None, (training.model, training.projections))
-        weights = [
-            tensor.isfinite().all() for network in networks for tensor in network.state_dict().values()
-        ]
-        if not finite or not torch.stack(weights).all():
+        weights = [tensor for network in networks for tensor in network.state_dict().values()]
+        if not finite or not torch.stack([tensor.isfinite().all() for tensor in weights]).all():
+            kept = f"{self.last} keeps the epoch before; try another --out with" if line["epoch"] else "try"
             raise InputError(
                 f"{'a weight' if finite else 'the loss'} is not finite in epoch {line['epoch']}: loss_cls "
-                f"{line['loss_cls']}, loss_guidance {line['loss_guidance']}, beta {line['beta']:.3f}, lr {line['lr']:.2e}; "
-                f"{self.last} keeps the epoch before; try another --out with a lower --lr or --no-amp"
+                f"{line['loss_cls']}, loss_guidance {line['loss_guidance']}, beta {line['beta']:.3f}, "
+                f"lr {line['lr']:.2e}; {kept} a lower --lr or --no-amp"
             )
+
+
+def seconds_a_step(args, data, batch_size, precision):
+    """What a CNN's training step takes, but for the update: measured on real images, with a network that is thrown
+    away. A CPU, whose time goes with the images, gets few of them."""
+    device, size = data.x_train.device, args.image_size
+    few = min(batch_size, max(2, 2**15 // size**2)) if device.type == "cpu" else batch_size
+    network = to_device(build(args.model, data.num_classes, size, args.patch_size), device)
+    x, y = data.x_train[:few], data.y_train[:few]
+    for _ in range(2):  # the first time, things are set up too
+        started = time.perf_counter()
+        for images, labels in batches(x, y, few, size, torch.Generator(), args.augment):
+            with precision.autocast:
+                loss = F.cross_entropy(network(images)[0], labels)
+            loss.backward()
+            loss.item()  # which waits for a GPU
+    return (time.perf_counter() - started) * batch_size / few
+
+
+def measured_on(data):
+    """What kind of images measures, in a word."""
+    return "test" if data.about.get("held_out") is None else "held-out"
 
 
 def accuracies(confusion):
@@ -327,7 +368,7 @@ def imbalance(data):
     counts = data.y_train.bincount(minlength=data.num_classes).tolist()
     if max(counts) <= 2 * min(counts):
         return ""
-    names = data.about.get("class_names") or [f"class {k}" for k in range(data.num_classes)]
+    names = data.about["class_names"]
     most, least = (f"{pick(counts)} of {names[counts.index(pick(counts))]!r}" for pick in (max, min))
     return f" (from {least} to {most})"
 
@@ -340,22 +381,17 @@ def origin_of(args, device):
     except (OSError, subprocess.CalledProcessError):  # no git, or a copy outside a repository
         commit = None
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    versions = {module.__name__: str(module.__version__) for module in (torch, torchvision, numpy)}
-    origin = dict(
-        command=args.command, args=vars(args), seed=args.seed, git_commit=commit, device=str(device)
-    )
-    origin |= dict(hardware=hardware, threads=torch.get_num_threads(), python=platform.python_version())
-    started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    return origin | versions | dict(pillow=PIL.__version__, started=started)
+    origin = dict(command=args.command, args=vars(args), seed=args.seed, git_commit=commit)
+    origin |= dict(device=str(device), hardware=hardware, threads=torch.get_num_threads())
+    origin |= {module.__name__: str(module.__version__) for module in (torch, torchvision, numpy)}
+    origin |= dict(python=platform.python_version(), pillow=PIL.__version__)
+    return origin | dict(started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
 
 
 def guidance_in_words(args):
     """The schedule of beta as a sentence."""
-    betas = [
-        beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs)
-        for epoch in range(args.epochs)
-    ]
-    guided = sum(beta > 0 for beta in betas)
+    schedule = args.schedule, args.epochs, args.beta, args.guide_epochs
+    guided = sum(beta_at(schedule[0], epoch, *schedule[1:]) > 0 for epoch in range(args.epochs))
     if not guided:
         return "none, plain cross-entropy; no teacher is called"
     shape = "beta falls linearly from {:g} to 0" if args.schedule == "early" else "beta = {:g}"
@@ -383,11 +419,8 @@ class Progress:
                     self.project((time.perf_counter() - warm) / 3)
             if sys.stdout.isatty() and step:
                 speed = images / self.seconds()
-                print(
-                    f"epoch {self.epoch}, step {step} of {self.steps}: {speed:.0f} images/s",
-                    end="  \r",
-                    flush=True,
-                )
+                shown = f"epoch {self.epoch}, step {step} of {self.steps}: {speed:.0f} images/s"
+                print(shown, end="  \r", flush=True)
             yield batch
             images += len(batch[1])
         if self.epoch == 0 and self.steps < 5:
@@ -458,8 +491,7 @@ def interruptible(args, processes):
         if isinstance(reason, KeyboardInterrupt) and processes.rank == 0:
             words = [word for word in sys.argv if word != "--resume"]
             words += ["--resume"] * Path(args.out, "log.jsonl").exists()
-            program = (
-                ["torchrun", f"--nproc_per_node={processes.count}"] if processes.count > 1 else ["python"]
-            )
+            torchrun = ["torchrun", "--standalone", f"--nproc_per_node={processes.count}"]
+            program = torchrun if processes.count > 1 else ["python"]
             print(f"\nstopped; to go on: {quoted(program + words)}", file=sys.stderr)
         raise

@@ -117,7 +117,7 @@ def test_a_cache_that_claims_to_be_larger_than_memory_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "cifar10.npz", "w") as file, file.open("x_train.npy", "w") as member:
         header = dict(descr="|u1", fortran_order=False, shape=(10**12, 32, 32, 3))
         np.lib.format.write_array_header_1_0(member, header)
-    with pytest.raises(InputError, match=r"cifar10\.npz is no usable cache"):
+    with pytest.raises(InputError, match=r"cifar10\.npz does not fit into memory .*free some, or delete it"):
         load("cifar10", tmp_path)
 
 
@@ -269,9 +269,24 @@ def test_a_folder_without_val_and_test_holds_out_a_fifth_of_every_class(tmp_path
         f"note: {tmp_path} has no val/ or test/: a fifth of every class is held out to measure on"
     ]
     assert loaded.y_train.bincount().tolist() == [8, 4] and loaded.y_test.bincount().tolist() == [2, 1]
-    assert loaded.about["held_out"] == 0.2
     every = [name.split("/")[-2] for name in loaded.test_names]
     assert every == ["cat", "cat", "mouse"]  # names go with their images
+
+
+def test_choosing_on_held_out_images_never_looks_at_the_fifth_that_measures_later(tmp_path):
+    """Of a folder without val/ and test/, whatever fraction of the rest is held out to choose on."""
+    for name, count in (("cat", 10), ("mouse", 15)):
+        save_images(tmp_path / name, count)
+    whole = load("folder", tmp_path)
+    known = [whole.about]
+    for fraction in (0.2, 0.5):
+        part = load("folder", tmp_path, held_out=fraction)
+        assert images_of(part.x_train) | images_of(part.x_test) == images_of(whole.x_train)
+        assert not images_of(part.x_train) & images_of(part.x_test)
+        assert not set(part.test_names) & set(whole.test_names)
+        assert len(part.x_test) == fraction * len(whole.x_train) and part.about not in known
+        known.append(part.about)
+    assert whole.about["train"] != whole.about["test"] and len(load("folder", tmp_path, 1 + 1).x_test) == 5
 
 
 def test_with_val_and_test_val_measures_and_test_is_left_for_later(tmp_path):
@@ -365,15 +380,15 @@ def test_a_missing_chaoyang_says_where_it_comes_from(tmp_path):
 
 
 def test_a_fixed_part_of_every_class_is_held_out():
-    labels = torch.tensor([0] * 10 + [1] * 5 + [2])
+    labels = np.array([0] * 10 + [1] * 5 + [2])
     held = hold_out(labels, 0.2)
     assert held[labels == 0].sum() == 2 and held[labels == 1].sum() == 1
     assert held[labels == 2].sum() == 0  # a single image is trained on
-    assert held.nonzero()[:, 0].tolist() == hold_out(labels, 0.2).nonzero()[:, 0].tolist()
-    assert hold_out(torch.tensor([0, 0, 1, 1]), 0.01).sum() == 2  # one of each at least
-    assert hold_out(torch.tensor([0, 0, 1, 1]), 0.99).sum() == 2  # and not all of them
+    assert np.array_equal(held, hold_out(labels, 0.2))
+    assert hold_out(np.array([0, 0, 1, 1]), 0.01).sum() == 2  # one of each at least
+    assert hold_out(np.array([0, 0, 1, 1]), 0.99).sum() == 2  # and not all of them
     with pytest.raises(InputError, match="no class has two images"):
-        hold_out(torch.tensor([0, 1, 2]), 0.5)
+        hold_out(np.array([0, 1, 2]), 0.5)
 
 
 def test_held_out_images_are_training_images_and_no_test_image_is_looked_at(tmp_path):

@@ -190,3 +190,22 @@ def test_what_is_no_file_of_tensors_is_refused_and_runs_nothing(tmp_path, monkey
     for name in ("absent.pt", "."):
         with pytest.raises(InputError, match="there is no file .*: check the name, or train it first"):
             read_tensors(name)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_whole_file_that_does_not_fit_into_memory_is_not_called_damaged(tmp_path, monkeypatch, error):
+    def load(*args, **options):
+        raise error
+
+    write_tensors(tmp_path / "last.pt", dict(weights=torch.zeros(1)))
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(InputError, match="^out of memory while .*last.pt was read .*: end other programs$"):
+        read_tensors(tmp_path / "last.pt")

@@ -75,17 +75,25 @@ def test_the_command_in_the_log_can_be_pasted_into_a_shell():
 @pytest.mark.parametrize(
     "words, note",
     [
-        ("--schedule none --teacher x --beta 7", "--teacher, --beta have"),
-        ("--model resnet8 --guide-epochs 3", "--guide-epochs has"),
-        ("--beta 0 --reduction sum", "--reduction has"),  # --beta itself has
+        ("--schedule none --teacher x --beta 7", "without guidance, --teacher, --beta have"),
+        ("--model resnet8 --guide-epochs 3", "without guidance, --guide-epochs has"),
+        ("--beta 0 --reduction sum", "without guidance, --reduction has"),  # --beta itself has
         ("--schedule none", None),
         ("--beta 7 --teacher x", None),
+        ("--model resnet8 --patch-size 8", "with resnet8, --patch-size has"),
+        ("--data elsewhere", "with glyphs, --data has"),
+        ("--data elsewhere --dataset cifar10 --patch-size 8", None),
     ],
 )
-def test_options_without_effect_are_told_in_one_line(words, note, capsys):
-    train.parse(words.split())
-    expected = f"note: without guidance, {note} no effect\n" if note else ""
+def test_options_without_effect_are_told_in_one_line_and_once(words, note, capsys, monkeypatch):
+    args = train.parse(words.split())
+    if args.schedule != "none" and args.teacher == "resnet8":  # the same note is not for its teacher as well
+        options.of_teacher(args, train.RECIPES)
+    expected = f"note: {note} no effect\n" if note else ""
     assert capsys.readouterr().out == expected
+    monkeypatch.setenv("RANK", "1")  # the second of two processes
+    train.parse(words.split())
+    assert capsys.readouterr().out == ""
 
 
 # ----------------------------------------------------------------------------------------------- bad input
@@ -195,6 +203,7 @@ BAD = {  # what is wrong: how it comes about, the command, what the message says
     "data set": (nothing, ["--dataset", "mnist"], "invalid choice: 'mnist'.*--help$"),
     "schedule": (nothing, ["--schedule", "late"], "invalid choice: 'late'"),
     "recipe": (nothing, ["--recipe", "large"], "invalid choice: 'large'"),
+    "many epochs": (nothing, ["--epochs", str(10**12)], "--epochs must be at most 1000000, not 10000"),
     "no epochs": (nothing, ["--epochs", "0"], "--epochs must be at least 1, not 0"),
     "no number": (nothing, ["--epochs", "many"], "invalid int value: 'many'"),
     "no value": (nothing, ["--epochs"], "--epochs: expected one argument"),
@@ -246,7 +255,11 @@ BAD = {  # what is wrong: how it comes about, the command, what the message says
     "other options": (nothing, [*RESUME, "--lr", "1"], "made with other options: lr was 0.1, is 1.0"),
     "other data": (cache(), RESUME, "run/last.pt was trained on other data.*training images"),
     "cut own checkpoint": (content("run/last.pt", 0.7), RESUME, "run/last.pt is damaged or no checkpoint"),
-    "no optimiser": (without("optimizer"), RESUME, "not written by this train.py"),
+    "no optimiser": (
+        without("optimizer"),
+        RESUME,
+        "made by another version of train.py, or is no last.pt .*choose another",
+    ),
     "empty optimiser": (
         checkpoint(lambda state: state["optimizer"].clear()),
         RESUME,
@@ -262,15 +275,28 @@ BAD = {  # what is wrong: how it comes about, the command, what the message says
         "run/last.pt is damaged or no checkpoint",
     ),
     "cache as teacher": (nothing, [*TAUGHT, "--teacher", "data/cifar10.npz"], "damaged or no checkpoint"),
-    "weights as teacher": (checkpoint(lambda state: state["model"]), TAUGHT, "not written by this train.py"),
-    "list as teacher": (checkpoint(lambda state: [1, 2]), TAUGHT, "not written by this train.py"),
-    "teacher of no data": (without("args", "dataset"), TAUGHT, "not written by this train.py"),
+    "weights as teacher": (
+        checkpoint(lambda state: state["model"]),
+        TAUGHT,
+        "made by another version of train.py, or is no last.pt .*choose another",
+    ),
+    "list as teacher": (
+        checkpoint(lambda state: [1, 2]),
+        TAUGHT,
+        "made by another version of train.py, or is no last.pt .*choose another",
+    ),
+    "teacher of no data": (
+        without("args", "dataset"),
+        TAUGHT,
+        "made by another version of train.py, or is no last.pt .*choose another",
+    ),
     "teacher without a weight": (without("model", "fc.bias"), TAUGHT, "run/last.pt cannot guide.*choose"),
     "teacher of other data": (cache(), TAUGHT, "run/last.pt was trained on other data"),
     "teacher at chance": (
         checkpoint(lambda state: [tensor.zero_() for tensor in state["model"].values()] and None),
         TAUGHT,
-        "run/last.pt is at chance .*train it longer, or another",
+        "run/last.pt is at chance .*choose another --teacher, or remove run and train it longer: python train.py "
+        "--dataset cifar10 .*--out run --epochs 8 --out run; then run this command again",
     ),
 }
 
@@ -328,6 +354,28 @@ def test_output_that_nobody_reads_on_ends_without_a_traceback(monkeypatch):
     monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
     assert end_of(lambda: print("epoch")) == (1, "")
     sys.stdout.close()  # as Python does when it ends: nothing is left that could not be written
+
+
+@pytest.mark.parametrize("words", ["epoch", ""], ids=["flush", "program"])
+def test_output_on_a_full_disk_ends_with_one_line(monkeypatch, words):
+    """Whether what is printed is written while the program runs, or when it ends."""
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    code, told = end_of(lambda: print(words or "epoch", flush=not words))
+    assert code == 1
+    assert re.fullmatch(
+        "error: cannot write what is printed .*No space left.*; free space, [^\n]*\n", told
+    ), told
+    sys.stdout.close()  # as Python does when it ends
+
+
+def test_output_that_is_closed_or_knows_few_letters_does_not_matter(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after >&-
+    options.command_line(lambda: print("epoch", sys.stdout.isatty()))
+    for encoding, shown in (("cp1252", b"\\u72ac \\udcff"), ("utf-8", "犬 ".encode() + b"\xff")):
+        with open(tmp_path / "out", "w", encoding=encoding) as out:
+            monkeypatch.setattr(sys, "stdout", out)
+            options.command_line(lambda: print("犬 \udcff", end=""))
+        assert (tmp_path / "out").read_bytes() == shown
 
 
 def test_a_batch_that_does_not_fit_into_memory_ends_with_one_line():

@@ -107,6 +107,12 @@ def test_without_images_it_measures_what_the_run_measured_class_by_class(told, p
     assert "on 9 images" in told("run/last.pt", "--split", "test")
 
 
+def test_options_without_effect_are_told(told):
+    assert told("run/last.pt", "--top", 2).startswith("note: without images to name, --top has no effect\n")
+    named = told("run/last.pt", "photos/val/ant/0.png", "--data", "gone")
+    assert named.startswith("note: with images that are named, --data has no effect\n")
+
+
 def test_the_confusion_matrix_is_drawn(told, photos):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed; .ci/run installs it")
     told("run/last.pt", "--figure", "confusion.png")

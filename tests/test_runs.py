@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 
 import train
 from plumbing import options, runs
+from plumbing.devices import Processes, make_precision
 from plumbing.files import InputError
 
 EASY = ("--dataset", "cifar10", "--batch-size", "16")  # on easy_cache
@@ -140,15 +142,56 @@ def test_an_automatic_teachers_log_holds_a_command_that_makes_it_again(place, mo
 def test_small_and_unbalanced_sets_are_trained_on_and_described(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small_cache(Path("data/cifar10.npz"), y_train=np.array([*range(10), *[0] * 10]))
-    for batch_size, told in (
-        (64, "1 steps of 20 images\n"),
-        (16, "1 steps of 16 images, which leaves out 4 images"),
+    for given, told in (
+        (["--batch-size", 64], "1 steps of 20 images"),
+        (["--batch-size", 16], "1 steps of 16 images, which leaves out 4 images of each epoch"),
+        ([], "2 steps of 8 images, which leaves out 4 images of each epoch"),
     ):
-        out = f"run{batch_size}"
-        command(monkeypatch, *CNN, "--epochs", 1, "--batch-size", batch_size, "--out", out)
+        row = ("--dataset", "cifar10", "--model", "resnet8", "--epochs", 1)
+        command(monkeypatch, *row, *given, "--out", told)
         printed = capsys.readouterr().out
-        assert f"training: 1 epochs of {told}" in printed
+        assert re.search(f"training: 1 epochs of {told}; this takes about 0:00:0\\d\n", printed)
         assert "10 classes (from 1 of 'class 1' to 11 of 'class 0')" in printed
+
+
+@pytest.mark.parametrize(
+    "images, asked, given, processes, expected",
+    [
+        (2500, 64, False, 1, (64, 39)),
+        (640, 64, False, 1, (64, 10)),  # ten batches: nothing changes
+        (639, 64, False, 1, (63, 10)),
+        (300, 128, False, 4, (28, 10)),
+        (40, 128, False, 1, (8, 5)),
+        (40, 128, False, 3, (6, 6)),
+        (5, 128, False, 1, (5, 1)),
+        (300, 128, True, 1, (128, 2)),  # what is given is taken
+        (100, 128, True, 1, (100, 1)),
+    ],
+)
+def test_few_images_have_small_batches_so_that_an_epoch_has_ten_steps(
+    images, asked, given, processes, expected
+):
+    run = SimpleNamespace(args=SimpleNamespace(batch_size=asked, batch_given=given), processes=processes)
+    assert runs.Folder.count_steps(run, SimpleNamespace(x_train=range(images))) == expected
+
+
+def test_whether_a_batch_was_given_is_known_after_a_resume(place, monkeypatch):
+    row = ("--dataset", "cifar10", "--model", "resnet8", "--epochs", 4)
+    for given, steps in ((["--batch-size", 64], 2), ([], 10)):
+        interrupt(monkeypatch, 1, *row, *given, "--out", f"run{steps}")
+        command(monkeypatch, "--out", f"run{steps}", "--resume", "--batch-size", given[-1] if given else 128)
+        assert records(f"run{steps}")[0]["steps"] == steps and len(records(f"run{steps}")[1]) == 4
+
+
+def test_before_a_cnn_starts_one_line_tells_its_epochs_steps_and_time(place, monkeypatch, capsys):
+    """By a clock that goes on by a second whenever it is read; 32 of a batch of 64 images are tried."""
+    clock = itertools.count()
+    monkeypatch.setattr(train, "train_epoch", lambda *given: pytest.fail("it has started"))
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    with pytest.raises(pytest.fail.Exception):
+        command(monkeypatch, *CNN, "--batch-size", 64, "--out", "run")
+    told = "4 epochs of 2 steps of 64 images, which leaves out 32 images of each epoch; this takes about 0:00:16\n"
+    assert f"\ntraining: {told}" in capsys.readouterr().out
 
 
 def told_of(monkeypatch, capsys, seconds_a_step, steps, epoch=0, schedule="early"):
@@ -268,6 +311,11 @@ def test_first_weights_that_are_no_weights_are_refused(place, monkeypatch):
 
 
 def test_a_run_is_not_resumed_with_other_options(place, monkeypatch):
+    interrupt(monkeypatch, 0, *CNN, "--out", "begun")  # has only a log
+    with pytest.raises(
+        SystemExit, match="begun was made with other options: lr was 0.1, is 1.0; choose .*same$"
+    ):
+        command(monkeypatch, *CNN, "--lr", 1, "--out", "begun", "--resume")
     for other, message in (
         (["--lr", "1"], "was made with other options: lr was 0.1, is 1.0; choose the same$"),
         (
@@ -302,17 +350,14 @@ def test_a_finished_run_is_resumed_without_any_change(place, monkeypatch, capsys
     assert "result: deit_mini on cifar10" in capsys.readouterr().out
 
 
-def test_a_run_of_an_older_version_is_not_resumed_but_still_guides(place, monkeypatch):
-    """Its learning rates were others: going on would mix two recipes. As a teacher it is as good as any."""
-    change_checkpoint("teacher/last.pt", lambda state: state.pop("scheduler"))
-    with pytest.raises(SystemExit, match="begun by an older train.py, .* start another --out"):
-        command(monkeypatch, *CNN, "--out", "teacher", "--resume")
-    command(monkeypatch, *GUIDED, "--epochs", 1, "--out", "run")
-    change_checkpoint("teacher/last.pt", lambda state: state["data"].pop("train"))
-    with pytest.raises(
-        SystemExit, match="made by an older train.py, which knew its data less well: train it again"
-    ):
-        command(monkeypatch, *GUIDED, "--epochs", 1, "--out", "run2")
+@pytest.mark.parametrize("part, key", [(None, "scheduler"), ("data", "side"), ("args", "teacher")])
+def test_a_run_of_another_version_is_neither_resumed_nor_guides(place, monkeypatch, part, key):
+    change_checkpoint("teacher/last.pt", lambda state: (state[part] if part else state).pop(key))
+    for argv in ((*CNN, "--out", "teacher", "--resume"), (*GUIDED, "--out", "run")):
+        with pytest.raises(
+            SystemExit, match=f"teacher/last.pt was made by another version .*lacks {key}.*again"
+        ):
+            command(monkeypatch, *argv)
 
 
 @pytest.mark.slow
@@ -442,8 +487,11 @@ def test_a_teacher_trained_for_less_counts_and_an_interrupted_one_is_continued_w
     default.parent.mkdir()
     Path("teacher").rename(default)  # its options still name the folder it was begun in
     student = (*MINI, "--epochs", 1, "--teacher", "resnet8")
-    command(monkeypatch, *student, "--out", "first")  # four epochs, not the recipe's 300
-    assert "no trained teacher" not in capsys.readouterr().out and len(records(default)[1]) == 4
+    command(monkeypatch, *student, "--out", "first")
+    told = capsys.readouterr().out
+    assert "no trained teacher" not in told and len(records(default)[1]) == 4
+    note = f"note: the teacher in {default} was trained for 4 epochs, not for the recipe's 300; remove that folder"
+    assert note in told
     change_checkpoint(default / "last.pt", lambda state: state["args"].update(epochs=5))
     command(monkeypatch, *student, "--out", "second")
     assert len(records(default)[1]) == 5 and not Path("teacher").exists()
@@ -508,12 +556,45 @@ def test_a_resumed_run_is_guided_by_the_same_teacher_wherever_that_lies_now(plac
     assert same_runs("run", "student")
 
 
+@pytest.mark.parametrize("schedule", ["early", "adaptive"])
+def test_once_guidance_has_ended_a_run_goes_on_without_its_teacher(place, monkeypatch, capsys, schedule):
+    """Bit for bit; early guidance ends after two epochs of three, adaptive guidance when its rule says so."""
+    run = (*GUIDED, "--guide-epochs", 3, "--schedule", schedule) if schedule == "adaptive" else GUIDED
+    monkeypatch.setattr(train.AdaptiveStop, "update", lambda rule, loss: rule.history.append(loss))
+    command(monkeypatch, *run, "--out", "whole")
+    interrupt(monkeypatch, 2, *run, "--out", "parts")
+    assert [line["beta"] > 0 for line in records("whole")[1]] == [True, True, False]
+    shutil.rmtree("teacher"), capsys.readouterr()
+    command(monkeypatch, *run, "--out", "parts", "--resume")
+    assert same_runs("whole", "parts") and "teacher:" not in capsys.readouterr().out
+    command(monkeypatch, "--out", "whole", "--resume")  # it has nothing to do
+
+
+def test_an_automatic_teacher_at_chance_is_replaced_by_what_the_message_says(place, monkeypatch):
+    teacher = Path("runs/cifar10-resnet8-seed0")
+    for key, value in dict(cnn_epochs=2, cnn_batch_size=16).items():
+        monkeypatch.setitem(train.RECIPES["paper"], key, value)
+    student = (*MINI, "--epochs", 1, "--teacher", "resnet8", "--out", "student")
+    shutil.rmtree("student")
+    command(monkeypatch, *CNN, "--epochs", 2, "--out", teacher)
+    change_checkpoint(teacher / "last.pt", lambda state: state["model"]["fc.weight"].zero_())
+    with pytest.raises(SystemExit, match="is at chance") as refusal:
+        command(monkeypatch, *student)
+    told = re.search(
+        f"or remove {teacher} and train it longer: python train.py (.*); then run", str(refusal.value)
+    )
+    shutil.rmtree(teacher)
+    command(monkeypatch, *shlex.split(told[1]))
+    command(monkeypatch, *student)
+    assert len(records(teacher)[1]) == 4 and len(records("student")[1]) == 1
+
+
 # ------------------------------------------------------------------------------- only finite numbers are kept
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_a_file(place, monkeypatch):
     with pytest.raises(
-        SystemExit, match=r"the loss is not finite in epoch 0: loss_cls .*beta .*lr .*lower --lr"
+        SystemExit, match=r"the loss is not finite in epoch 0: loss_cls .*beta .*lr [^;]*; try a lower --lr"
     ):
         command(monkeypatch, *MINI, "--schedule", "none", "--lr", 1e15, "--out", "run")
     assert not Path("run/last.pt").exists() and records("run")[1] == []
@@ -557,6 +638,41 @@ def test_a_network_is_restored_from_its_checkpoint_alone_or_refused(place):
 
 
 # ------------------------------------------------------------------------------------------ several processes
+
+
+def test_several_processes_go_on_by_torchrun_as_the_readme_has_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--seed", "1"])
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), runs.interruptible(train.parse([]), Processes(0, 2)):
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, handler)
+    assert capsys.readouterr().err.endswith(
+        "go on: torchrun --standalone --nproc_per_node=2 train.py --seed 1\n"
+    )
+    assert "torchrun --standalone --nproc_per_node=2\ntrain.py" in (HERE / "README.md").read_text()
+
+
+def test_processes_may_be_more_than_test_images(monkeypatch):
+    """The parts of all of them, one of which has no image, add up to what one process finds."""
+    model, precision = train.runs.build("resnet8", 3, 32, 8), train.pick_device("cpu", None)[1]
+    images, labels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), torch.tensor([2, 0])
+    monkeypatch.setattr(Processes, "sum", lambda processes, counts: counts.clone())
+    found = [
+        train.evaluate(model, images, labels, 32, precision, processes=Processes(rank, 3))
+        for rank in range(3)
+    ]
+    assert torch.equal(sum(found), train.evaluate(model, images, labels, 32, precision))
+
+
+def test_a_first_step_that_float16_leaves_out_warns_nobody(recwarn):
+    """Its gradients overflow: the scaler skips the update, and the learning rate goes on."""
+    device = torch.device("cpu")
+    precision = make_precision(device, torch.float16)
+    now = train.Training(train.parse(list(CNN)), 10, 5, None, precision, device)
+    images = [(torch.full((2, 3, 32, 32), math.inf), torch.tensor([0, 1]))]
+    before = now.model.fc.weight.clone()
+    train.train_epoch(now.model, None, None, now.optimizer, now.scheduler, images, 0.0, precision)
+    assert torch.equal(now.model.fc.weight, before) and not list(recwarn)
 
 
 @pytest.mark.slow
