@@ -1,7 +1,6 @@
 """The claims of the method, each against a reference that is not our code: loops, torchvision, timm.
 
-From top to bottom: the networks, the loss, how long it guides, the recipe, one step, whole runs.
-What surrounds them is tested in tests/.
+The networks, the loss, how long it guides, the recipe, one step, whole runs; the rest is tested in tests/.
 """
 
 import cProfile
@@ -301,7 +300,7 @@ def test_the_optimisers_are_the_recipes_and_vectors_do_not_decay():
 
 
 def test_the_defaults_for_cifar100_are_the_reference_recipe():
-    args = train.parse(["--dataset", "cifar100"])
+    args = train.parse(["--dataset=cifar100"])
     assert (args.model, args.image_size, args.patch_size, args.augment) == ("deit_tiny", 224, 16, "strong")
     assert (args.epochs, args.batch_size, args.lr, args.classes) == (300, 128, 5e-4, None)
     assert (args.schedule, args.beta, args.reduction, args.teacher) == ("early", 2.5, "mean", "resnet56")
@@ -312,13 +311,14 @@ def test_the_defaults_for_cifar100_are_the_reference_recipe():
         assert args.augment == "strong" and args.out == f"runs/cifar100-{model}-seed0"
 
 
-def test_a_recipe_is_a_set_of_defaults_and_a_given_option_wins():
+def test_a_recipe_is_a_set_of_defaults_a_given_option_wins_and_beta_goes_with_the_form_of_the_loss():
     small = {key: value for key, value in train.RECIPES["small"].items() if not key.startswith("cnn_")}
     assert vars(train.parse(["--recipe", "small"])).items() >= small.items()
-    given = vars(train.parse(["--recipe", "small", "--lr", "0.5", "--classes", "3"]))
-    assert given.items() >= (small | dict(lr=0.5, classes=3)).items()
-    other = vars(train.parse(["--recipe", "small", "--dataset", "folder"]))  # the 20 classes were CIFAR-100's
-    assert other.items() >= (small | dict(dataset="folder", classes=None)).items()
+    given = vars(train.parse(["--recipe=small", "--lr=0.5", "--classes=3"])).items()
+    assert given >= (small | dict(lr=0.5, classes=3)).items()
+    assert [train.parse([f"--reduction={form}"]).beta for form in ("relative", "sum")] == [90, 2.5]
+    other = vars(train.parse(["--recipe=small", "--dataset=folder"])).items()  # 20 classes were CIFAR-100's
+    assert other >= (small | dict(dataset="folder", classes=None)).items()
 
 
 # -------------------------------------------------------------------------------------- one training step
@@ -430,14 +430,14 @@ def test_one_command_trains_the_teacher_then_the_guided_student_and_tells_its_st
     student, told = run(), capsys.readouterr().out
     for words in (
         "no trained teacher in runs/glyphs-resnet8-seed0: training resnet8 for 5 epochs",
-        "beta falls linearly from 2.5 to 0 in epochs 0 to 0 of 3; from epoch 1 on the teacher is not called",
+        "beta falls linearly from 90 to 0 in epochs 0 to 0 of 3; from epoch 1 on the teacher is not called",
         "result: deit_mini on glyphs, schedule early, seed 0: val_acc",
         *("expected time", "parameters", "images/s", "left", "float32 (the default on this device)"),
     ):
         assert words in told, words
     origin, history = student["origin"], student["history"]
     assert origin.keys() >= {"command", "args", "torch", "hardware", "seed", "git_commit", "threads"}
-    assert [(line["epoch"], line["beta"]) for line in history] == [(0, 2.5), (1, 0), (2, 0)]
+    assert [(line["epoch"], line["beta"]) for line in history] == [(0, 90), (1, 0), (2, 0)]
     assert history[0]["loss_guidance"] > 0 and history[1]["loss_guidance"] is None
     keys = {"loss_cls", "train_acc", "val_acc", "lr", "seconds", "images_per_second"}
     assert all(line.keys() >= keys for line in history)
@@ -489,7 +489,7 @@ def test_rows_of_one_seed_share_first_weights_teacher_and_first_batch(folder, mo
         train.trained_teacher(train.parse(["--device=cpu", f"--seed={seed}"]))
     monkeypatch.setattr(train, "train_epoch", noted)
     for words in ("early", "none", "constant", "early --reduction sum", "early --seed 1"):
-        origin = run("--epochs 1 --out", f"row{len(rows)}", "--schedule", words)["origin"]
+        origin = run("--epochs 1 --reduction mean --out", f"row{len(rows)}", "--schedule", words)["origin"]
         rows[-1].teacher = [origin.get(f"teacher_{key}") for key in ("crc", "model", "epochs")]
     early, none, constant, total, other = rows
     for what, tensor in early.shared.items():

@@ -42,13 +42,12 @@ DEFAULTS = {  # of the options, by recipe: "paper" is exactly that of the LG cod
     "image_size": (224, 32, 64),
     "patch_size": (16, 4, 16),
     "augment": ("strong", "strong", "weak"),
-    "epochs": (300, 30, 26),
+    "epochs": (300, 60, 26),
     "batch_size": (128, 64, 32),
     "lr": (5e-4, 1e-3, 3e-3),
     "schedule": ("early", "early", "early"),
-    "beta": (2.5, 2.5, 2.5),
-    "reduction": ("mean", "mean", "mean"),
-    "teacher": ("resnet56", "resnet20", "resnet8"),
+    "reduction": ("mean", "relative", "relative"),  # of the guidance loss; beta follows (guidance.BETA)
+    "teacher": ("resnet56", "resnet8", "resnet8"),
     "cnn_epochs": (300, 30, 5),  # the teacher's, and those of a CNN's own row
     "cnn_batch_size": (128, 128, 64),
     "cnn_lr": (0.1, 0.1, 0.1),

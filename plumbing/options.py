@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from data import CLASSES
-from guidance import beta_at
+from guidance import BETA, beta_at
 from model import TRANSFORMERS
 from plumbing.files import InputError, out_of_memory
 from plumbing.runs import Interrupted, build, quoted, saved_options
@@ -80,7 +80,7 @@ def add_options(parser, recipes):
     add("--held-out", type=float, metavar="F", help=held_out)
     add("--model", choices=[*TRANSFORMERS, *CNNS])
     add("--schedule", choices=["none", "constant", "early", "adaptive"], help="of beta (default: early)")
-    add("--beta", type=float, help="weight of the guidance loss at the start")
+    add("--beta", type=float, help="weight of the guidance loss at the start (default: 2.5; relative: 90)")
     reduction = (
         "L_guidance over channels: sum in the formula, mean in the paper's code; relative: the mean over the "
     )
@@ -119,6 +119,8 @@ def fill_in(args, recipes):
     for key, value in recipe.items():
         if not key.startswith("cnn_") and getattr(args, key) is None:
             setattr(args, key, value)
+    if args.beta is None:
+        args.beta = BETA[args.reduction]
     if args.out is None:
         parts = [name_of(args.data) if args.dataset == "folder" else args.dataset]
         parts += [f"{args.classes}classes"] if args.classes else []
