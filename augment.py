@@ -106,9 +106,9 @@ def batches(x, y, batch_size, size, generator, strength="strong", rank=0, ranks=
     used = len(x) // batch_size * batch_size
     order = torch.randperm(len(x), generator=generator)
     draws = draw(used, x.shape[-1], size, generator, strength)
-    noise = torch.randn(3, 2 * size, 2 * size, generator=generator).to(x.device, non_blocking=True)
+    noise = send(torch.randn(3, 2 * size, 2 * size, generator=generator), x.device)
     mine = torch.arange(used).view(-1, batch_size).chunk(ranks, dim=1)[rank].flatten()
-    order, draws = order[mine].to(x.device, non_blocking=True), list(map(itemgetter(mine), draws))
+    order, draws = send(order[mine], x.device), list(map(itemgetter(mine), draws))
     batch_size //= ranks
     at_once = max(1, AT_ONCE[x.device.type] // (12 * size**2) // batch_size) * batch_size
     for start in range(0, len(order), at_once):
@@ -116,6 +116,12 @@ def batches(x, y, batch_size, size, generator, strength="strong", rank=0, ranks=
         rows = order[chosen]
         images = augment(x.index_select(0, rows), size, Draws(*map(itemgetter(chosen), draws)), noise)
         yield from zip(images.split(batch_size), y[rows].split(batch_size))
+
+
+def send(tensor, device):
+    """Copies a tensor of the host to the device. Only CUDA may go on meanwhile: on Apple's GPUs the memory of a
+    temporary tensor may be used again before it was read (pytorch issues 189690, 139550, 83015)."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def augment(images, size, draws, noise):
@@ -139,7 +145,7 @@ def augment(images, size, draws, noise):
     if size < 3:
         raise ValueError(f"size must be at least 3 pixels, got {size}")
     device = images.device
-    mean, std = torch.tensor((MEAN, STD)).view(2, 3, 1, 1).to(device, non_blocking=True)
+    mean, std = send(torch.tensor((MEAN, STD)).view(2, 3, 1, 1), device)
     result = torch.empty(n, 3, size, size, device=device)
     at_once = max(1, AT_ONCE[device.type] // (12 * size**2))
     for start in range(0, n, at_once):
@@ -149,10 +155,9 @@ def augment(images, size, draws, noise):
             for i, operation in enumerate(OPERATIONS):
                 chosen = (draws.operation[part, slot] == i).nonzero()[:, 0]
                 if len(chosen):
-                    level, sign = torch.stack((draws.level[part], draws.sign[part]))[:, chosen, slot].to(
-                        device, non_blocking=True
-                    )[..., None, None, None]
-                    chosen = chosen.to(device, non_blocking=True)
+                    amounts = torch.stack((draws.level[part], draws.sign[part]))[:, chosen, slot]
+                    level, sign = send(amounts, device)[..., None, None, None]
+                    chosen = send(chosen, device)
                     changed = x.index_select(0, chosen)  # whole images, copied faster than by x[chosen]
                     if operation in MOVES:
                         changed = move(changed, operation, level * sign, enlarged=size >= 2 * S)
@@ -180,8 +185,8 @@ def resample(images, size, crop, flip):
     stored pixels for each output pixel are Keys' cubic, a = -1/2, widened where the image shrinks.
     """
     n, _, S, _ = images.shape
-    start, length = crop.to(images.device, non_blocking=True)[..., None, None].chunk(2, dim=1)  # (n, 2, 1, 1)
-    flip = flip.to(images.device, non_blocking=True)[:, None]
+    start, length = send(crop, images.device)[..., None, None].chunk(2, dim=1)  # (n, 2, 1, 1)
+    flip = send(flip, images.device)[:, None]
     pixel = torch.arange(S, device=images.device) + 0.5
     pixel = torch.where((pixel > start) & (pixel < start + length), pixel, torch.inf)  # (n, 2, 1, S)
     point = (torch.arange(size, device=images.device) + 0.5).expand(n, size)
@@ -218,7 +223,7 @@ def move(x, operation, amount, enlarged):
     grid = torch.stack((from_x.expand(len(x), S, S), from_y.expand(len(x), S, S)), dim=3)  # (b, S, S, 2)
     mode = "bilinear" if enlarged else "bicubic"  # on a smooth image as good, at a quarter of the cost
     x = F.grid_sample(x, grid, mode, "border", align_corners=False)
-    fill = torch.tensor(FILL, dtype=torch.float32).view(3, 1, 1).to(x.device, non_blocking=True)
+    fill = send(torch.tensor(FILL, dtype=torch.float32), x.device).view(3, 1, 1)
     return torch.where(inside, x, fill).round_().clamp_(0, 255)
 
 

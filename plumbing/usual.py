@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, default_collate
 
+from augment import send
+
 
 def deit_tiny():
     """timm's, which returns logits."""
@@ -16,7 +18,7 @@ def deit_tiny():
 def train_epoch(model, optimizer, loader, precision, device):
     """One epoch, for a model that returns logits."""
     for images, labels in loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images, labels = send(images, device), send(labels, device)
         with precision.autocast:
             loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
