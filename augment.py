@@ -40,8 +40,8 @@ OPERATIONS = (
 )
 MOVES = OPERATIONS[:5]
 FILL = tuple(round(255 * mean) for mean in MEAN)  # what they bring in from outside the image
-# Bytes of images augmented at once: what a CPU's cache holds; on a GPU several batches, to launch less often
-AT_ONCE = {"cpu": 2**25, "cuda": 2**29, "mps": 2**28}
+# Bytes for the images that are augmented at once, in whole batches: the more, the fewer kernels are launched
+AT_ONCE = {"cpu": 2**27, "cuda": 3 * 2**28, "mps": 2**28}
 
 
 class Draws(NamedTuple):
@@ -110,7 +110,11 @@ def batches(x, y, batch_size, size, generator, strength="strong", rank=0, ranks=
     mine = torch.arange(used).view(-1, batch_size).chunk(ranks, dim=1)[rank].flatten()
     order, draws = send(order[mine], x.device), list(map(itemgetter(mine), draws))
     batch_size //= ranks
-    at_once = max(1, AT_ONCE[x.device.type] // (12 * size**2) // batch_size) * batch_size
+    S = x.shape[
+        -1
+    ]  # what `resample` needs for an image: bytes, then numbers in float32, weights for both axes
+    each = 3 * S**2 + 4 * (3 * S**2 + 3 * S * size + 3 * size**2 + 2 * size * S)
+    at_once = max(1, AT_ONCE[x.device.type] // (each * batch_size)) * batch_size
     for start in range(0, len(order), at_once):
         chosen = slice(start, start + at_once)
         rows = order[chosen]
@@ -146,31 +150,27 @@ def augment(images, size, draws, noise):
         raise ValueError(f"size must be at least 3 pixels, got {size}")
     device = images.device
     mean, std = send(torch.tensor((MEAN, STD)).view(2, 3, 1, 1), device)
-    result = torch.empty(n, 3, size, size, device=device)
-    at_once = max(1, AT_ONCE[device.type] // (12 * size**2))
-    for start in range(0, n, at_once):
-        part = slice(start, start + at_once)
-        x = resample(images[part], size, draws.crop[part], draws.flip[part])  # whole numbers 0 .. 255
-        for slot in range(2):
-            for i, operation in enumerate(OPERATIONS):
-                chosen = (draws.operation[part, slot] == i).nonzero()[:, 0]
-                if len(chosen):
-                    amounts = torch.stack((draws.level[part], draws.sign[part]))[:, chosen, slot]
-                    level, sign = send(amounts, device)[..., None, None, None]
-                    chosen = send(chosen, device)
-                    changed = x.index_select(0, chosen)  # whole images, copied faster than by x[chosen]
-                    if operation in MOVES:
-                        changed = move(changed, operation, level * sign, enlarged=size >= 2 * S)
-                    else:
-                        changed = recolour(changed, operation, level, sign)
-                    x.index_copy_(0, chosen, changed)
-        torch.addcmul(-mean / std, x, 1 / (255 * std), out=result[part])
+    x = resample(images, size, draws.crop, draws.flip)  # whole numbers 0 .. 255
+    for slot in range(2):
+        for i, operation in enumerate(OPERATIONS):
+            chosen = (draws.operation[:, slot] == i).nonzero()[:, 0]
+            if len(chosen):
+                amounts = torch.stack((draws.level[chosen, slot], draws.sign[chosen, slot]))
+                level, sign = send(amounts, device)[..., None, None, None]
+                chosen = send(chosen, device)
+                changed = x.index_select(0, chosen)  # whole images, copied faster than by x[chosen]
+                if operation in MOVES:
+                    changed = move(changed, operation, level * sign, enlarged=size >= 2 * S)
+                else:
+                    changed = recolour(changed, operation, level, sign)
+                x.index_copy_(0, chosen, changed)
+    torch.addcmul(-mean / std, x, 1 / (255 * std), out=x)
     for i, box in enumerate(torch.cat((draws.erase, draws.noise), dim=1).int().tolist()):
         top, left, height, width, down, right = box
         if height:
             fresh = noise[:, down : down + height, right : right + width]
-            result[i, :, top : top + height, left : left + width] = fresh
-    return result
+            x[i, :, top : top + height, left : left + width] = fresh
+    return x
 
 
 def prepare(images, size):

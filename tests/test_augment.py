@@ -2,6 +2,7 @@
 
 import functools
 import math
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -254,7 +255,7 @@ def test_every_image_is_augmented_in_its_own_way_and_from_the_generator_alone(mo
     torch.manual_seed(99), np.random.seed(99)
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, epoch(x, 5)))
     assert not torch.equal(first[0][0], epoch(x, 6)[0][0])
-    monkeypatch.setitem(augment.AT_ONCE, "cpu", 5 * 12 * 32**2)  # five images at once instead of all
+    monkeypatch.setitem(augment.AT_ONCE, "cpu", 1)  # a batch at once instead of all
     for (a, _), (b, _) in zip(first, epoch(x, 5)):
         torch.testing.assert_close(a, b, atol=0.05, rtol=0)  # a rounding may fall the other way
 
@@ -270,6 +271,39 @@ def test_the_parts_of_several_processes_are_together_the_batches_of_one():
             assert torch.equal(labels, torch.cat([part[step][1] for part in parts]))
             theirs = torch.cat([part[step][0] for part in parts])
             assert (images - theirs).abs().gt(1e-4).float().mean() < 1e-3  # a rounding may fall the other way
+
+
+class Memory(TorchDispatchMode):
+    """The bytes that tensors made while it is entered hold at once, at most."""
+
+    now = peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        known = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        }
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+                storage = tensor.untyped_storage()
+                self.now, self.peak = self.now + storage.nbytes(), max(self.peak, self.now + storage.nbytes())
+                weakref.finalize(storage, self.freed, storage.nbytes())
+        return result
+
+    def freed(self, size):
+        self.now -= size
+
+
+@pytest.mark.parametrize("stored, size", [(256, 32), (32, 224), (64, 64)])
+def test_large_stored_images_are_augmented_fewer_at_once(stored, size, monkeypatch):
+    """Whatever takes the memory, stored images or output, an epoch stays within the bytes it was given; the images
+    before, which are still in use, take as much again at most."""
+    monkeypatch.setitem(augment.AT_ONCE, "cpu", 2**24)
+    x = torch.zeros(64, 3, stored, stored, dtype=torch.uint8)
+    with Memory() as memory:
+        for _ in batches(x, torch.arange(64), 4, size, torch.Generator().manual_seed(0)):
+            pass
+    assert 2**23 < memory.peak < 2.5 * 2**24
 
 
 def test_wrong_images_sizes_and_strengths_are_refused():
