@@ -193,9 +193,9 @@ def resample(images, size, crop, flip):
     point = torch.stack((point, torch.where(flip, point.flip(1), point)), dim=1)[..., None]  # (n, 2, size, 1)
     scale = length / size  # stored pixels to an output pixel
     d = (pixel - (start + scale * point)).div_(scale.clamp(min=1)).abs_()  # (n, 2, size, S)
-    u = (1 - d).clamp_(min=-1)  # twice the cubic is u (1 + u)^2, where u > 0 plus u^2 (2 - 4 u)
-    near = u.clamp(min=0)
-    weights = (u + 1).square_().mul_(u).addcmul_(near.square(), 2 - 4 * near)
+    d = d.clamp_(max=2)  # from where on the weight is 0
+    near, far = (1.5 * d - 2.5).mul_(d * d).add_(1), (2.5 - 0.5 * d).mul_(d).sub_(4).mul_(d).add_(2)
+    weights = torch.where(d < 1, near, far)
     rows, columns = weights.div_(weights.sum(dim=3, keepdim=True)).unbind(dim=1)  # (n, size, S) each
     x = images.float().reshape(n, 3 * S, S) @ columns.mT  # (n, 3 S, size)
     x = x.round_().clamp_(0, 255).view(n, 3, S, size)
