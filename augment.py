@@ -40,8 +40,8 @@ OPERATIONS = (
 )
 MOVES = OPERATIONS[:5]
 FILL = tuple(round(255 * mean) for mean in MEAN)  # what they bring in from outside the image
-# Bytes of images augmented at once: what a CPU's cache holds; on a GPU several batches, to launch less often
-AT_ONCE = {"cpu": 2**25, "cuda": 2**29, "mps": 2**28}
+# Bytes for the images that are augmented at once, in whole batches: the more, the fewer kernels are launched
+AT_ONCE = {"cpu": 2**27, "cuda": 3 * 2**28, "mps": 2**28}
 
 
 class Draws(NamedTuple):
@@ -106,16 +106,26 @@ def batches(x, y, batch_size, size, generator, strength="strong", rank=0, ranks=
     used = len(x) // batch_size * batch_size
     order = torch.randperm(len(x), generator=generator)
     draws = draw(used, x.shape[-1], size, generator, strength)
-    noise = torch.randn(3, 2 * size, 2 * size, generator=generator).to(x.device, non_blocking=True)
+    noise = send(torch.randn(3, 2 * size, 2 * size, generator=generator), x.device)
     mine = torch.arange(used).view(-1, batch_size).chunk(ranks, dim=1)[rank].flatten()
-    order, draws = order[mine].to(x.device, non_blocking=True), list(map(itemgetter(mine), draws))
+    order, draws = send(order[mine], x.device), list(map(itemgetter(mine), draws))
     batch_size //= ranks
-    at_once = max(1, AT_ONCE[x.device.type] // (12 * size**2) // batch_size) * batch_size
+    S = x.shape[
+        -1
+    ]  # what `resample` needs for an image: bytes, then numbers in float32, weights for both axes
+    each = 3 * S**2 + 4 * (3 * S**2 + 3 * S * size + 3 * size**2 + 2 * size * S)
+    at_once = max(1, AT_ONCE[x.device.type] // (each * batch_size)) * batch_size
     for start in range(0, len(order), at_once):
         chosen = slice(start, start + at_once)
         rows = order[chosen]
         images = augment(x.index_select(0, rows), size, Draws(*map(itemgetter(chosen), draws)), noise)
         yield from zip(images.split(batch_size), y[rows].split(batch_size))
+
+
+def send(tensor, device):
+    """Copies a tensor of the host to the device. Only CUDA may go on meanwhile: on Apple's GPUs the memory of a
+    temporary tensor may be used again before it was read (pytorch issues 189690, 139550, 83015)."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def augment(images, size, draws, noise):
@@ -139,33 +149,28 @@ def augment(images, size, draws, noise):
     if size < 3:
         raise ValueError(f"size must be at least 3 pixels, got {size}")
     device = images.device
-    mean, std = torch.tensor((MEAN, STD)).view(2, 3, 1, 1).to(device, non_blocking=True)
-    result = torch.empty(n, 3, size, size, device=device)
-    at_once = max(1, AT_ONCE[device.type] // (12 * size**2))
-    for start in range(0, n, at_once):
-        part = slice(start, start + at_once)
-        x = resample(images[part], size, draws.crop[part], draws.flip[part])  # whole numbers 0 .. 255
-        for slot in range(2):
-            for i, operation in enumerate(OPERATIONS):
-                chosen = (draws.operation[part, slot] == i).nonzero()[:, 0]
-                if len(chosen):
-                    level, sign = torch.stack((draws.level[part], draws.sign[part]))[:, chosen, slot].to(
-                        device, non_blocking=True
-                    )[..., None, None, None]
-                    chosen = chosen.to(device, non_blocking=True)
-                    changed = x.index_select(0, chosen)  # whole images, copied faster than by x[chosen]
-                    if operation in MOVES:
-                        changed = move(changed, operation, level * sign, enlarged=size >= 2 * S)
-                    else:
-                        changed = recolour(changed, operation, level, sign)
-                    x.index_copy_(0, chosen, changed)
-        torch.addcmul(-mean / std, x, 1 / (255 * std), out=result[part])
+    mean, std = send(torch.tensor((MEAN, STD)).view(2, 3, 1, 1), device)
+    x = resample(images, size, draws.crop, draws.flip)  # whole numbers 0 .. 255
+    for slot in range(2):
+        for i, operation in enumerate(OPERATIONS):
+            chosen = (draws.operation[:, slot] == i).nonzero()[:, 0]
+            if len(chosen):
+                amounts = torch.stack((draws.level[chosen, slot], draws.sign[chosen, slot]))
+                level, sign = send(amounts, device)[..., None, None, None]
+                chosen = send(chosen, device)
+                changed = x.index_select(0, chosen)  # whole images, copied faster than by x[chosen]
+                if operation in MOVES:
+                    changed = move(changed, operation, level * sign, enlarged=size >= 2 * S)
+                else:
+                    changed = recolour(changed, operation, level, sign)
+                x.index_copy_(0, chosen, changed)
+    torch.addcmul(-mean / std, x, 1 / (255 * std), out=x)
     for i, box in enumerate(torch.cat((draws.erase, draws.noise), dim=1).int().tolist()):
         top, left, height, width, down, right = box
         if height:
             fresh = noise[:, down : down + height, right : right + width]
-            result[i, :, top : top + height, left : left + width] = fresh
-    return result
+            x[i, :, top : top + height, left : left + width] = fresh
+    return x
 
 
 def prepare(images, size):
@@ -180,17 +185,17 @@ def resample(images, size, crop, flip):
     stored pixels for each output pixel are Keys' cubic, a = -1/2, widened where the image shrinks.
     """
     n, _, S, _ = images.shape
-    start, length = crop.to(images.device, non_blocking=True)[..., None, None].chunk(2, dim=1)  # (n, 2, 1, 1)
-    flip = flip.to(images.device, non_blocking=True)[:, None]
+    start, length = send(crop, images.device)[..., None, None].chunk(2, dim=1)  # (n, 2, 1, 1)
+    flip = send(flip, images.device)[:, None]
     pixel = torch.arange(S, device=images.device) + 0.5
     pixel = torch.where((pixel > start) & (pixel < start + length), pixel, torch.inf)  # (n, 2, 1, S)
     point = (torch.arange(size, device=images.device) + 0.5).expand(n, size)
     point = torch.stack((point, torch.where(flip, point.flip(1), point)), dim=1)[..., None]  # (n, 2, size, 1)
     scale = length / size  # stored pixels to an output pixel
     d = (pixel - (start + scale * point)).div_(scale.clamp(min=1)).abs_()  # (n, 2, size, S)
-    u = (1 - d).clamp_(min=-1)  # twice the cubic is u (1 + u)^2, where u > 0 plus u^2 (2 - 4 u)
-    near = u.clamp(min=0)
-    weights = (u + 1).square_().mul_(u).addcmul_(near.square(), 2 - 4 * near)
+    d = d.clamp_(max=2)  # from where on the weight is 0
+    near, far = (1.5 * d - 2.5).mul_(d * d).add_(1), (2.5 - 0.5 * d).mul_(d).sub_(4).mul_(d).add_(2)
+    weights = torch.where(d < 1, near, far)
     rows, columns = weights.div_(weights.sum(dim=3, keepdim=True)).unbind(dim=1)  # (n, size, S) each
     x = images.float().reshape(n, 3 * S, S) @ columns.mT  # (n, 3 S, size)
     x = x.round_().clamp_(0, 255).view(n, 3, S, size)
@@ -218,7 +223,7 @@ def move(x, operation, amount, enlarged):
     grid = torch.stack((from_x.expand(len(x), S, S), from_y.expand(len(x), S, S)), dim=3)  # (b, S, S, 2)
     mode = "bilinear" if enlarged else "bicubic"  # on a smooth image as good, at a quarter of the cost
     x = F.grid_sample(x, grid, mode, "border", align_corners=False)
-    fill = torch.tensor(FILL, dtype=torch.float32).view(3, 1, 1).to(x.device, non_blocking=True)
+    fill = send(torch.tensor(FILL, dtype=torch.float32), x.device).view(3, 1, 1)
     return torch.where(inside, x, fill).round_().clamp_(0, 255)
 
 

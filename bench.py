@@ -115,7 +115,7 @@ def peak(device, args):
     return rate, f"{rate / 1e12:.2f} TFLOP/s, the fastest float32 product of 2048 x 2048 matrices here"
 
 
-def networks(row, patch_size, device, compiled=False):
+def networks(row, patch_size, device, precision, compiled=False):
     """What a row trains, as `train_epoch` takes it: student, teacher, guidance, optimizer, scheduler."""
     torch.manual_seed(0)
     student, teacher, guidance = build(row.model, 100, row.image_size, patch_size), None, None
@@ -126,14 +126,15 @@ def networks(row, patch_size, device, compiled=False):
         guidance = Guidance(student.feature_channels, teacher.feature_channels).to(device)
     optimizer = make_optimizer(student, guidance, 5e-4)
     scheduler = LambdaLR(optimizer, lambda step: 1.0)
-    return *Processes().wrap(student, teacher, guidance, compiled), optimizer, scheduler
+    return *Processes().wrap(student, teacher, guidance, compiled, precision), optimizer, scheduler
 
 
 def prepare(row, args, data, device):
     """A row's training epoch, as a function."""
     precision = pick_device(args.device, row.amp)[1]
     compiled = pick_compile(row.compile, device, 300 * args.images // args.batch_size)[0]
-    parts, generator = networks(row, args.patch_size, device, compiled), torch.Generator().manual_seed(0)
+    parts = networks(row, args.patch_size, device, precision, compiled)
+    generator = torch.Generator().manual_seed(0)
 
     def epoch(count=args.images):
         x, y = data.x_train[:count], data.y_train[:count]
@@ -175,7 +176,7 @@ def inputs(args, data, device):
         yield from timed(works, args.images, args, device)
 
 
-def models(args, data, device):
+def models(args, data, device, rate):
     """A step of timm's DeiT-tiny, of torchvision's and of ours, in turns; then timm's in the usual epoch."""
     precision = pick_device(args.device, args.amp)[1]
     batch = torch.randn(args.batch_size, 3, 224, 224, device=device), data.y_train[: args.batch_size]
@@ -184,14 +185,16 @@ def models(args, data, device):
         optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
         return lambda: usual.train_epoch(model, optimizer, loader, precision, device)
 
-    timms, ours = usual.deit_tiny().to(device), networks(Row("ours", "deit_tiny", 224), 16, device)
+    timms, ours = usual.deit_tiny().to(device), networks(Row("", "deit_tiny", 224), 16, device, precision)
     torchvisions = torchvision.models.VisionTransformer(224, 16, 12, 3, 192, 768, num_classes=100).to(device)
     works = {
         "step: timm": training(timms, [batch]),
         "step: torchvision": training(torchvisions, [batch]),
         "step: ours": lambda: train_epoch(*ours, [batch], 0.0, precision),
     }
-    yield from timed(works, args.batch_size, args, device)
+    operations = flops(build("deit_tiny", 100, 224, 16), 224)
+    for line in timed(works, args.batch_size, args, device):
+        yield line | dict(utilisation=operations * line["images_per_second"] / rate)
     loader = usual.batches(data, args.batch_size, 224, args.workers)
     name = f"epoch: timm and Pillow, {args.workers} workers"
     yield from timed({name: training(timms, loader, fused=False)}, args.images, args, device)
@@ -207,7 +210,7 @@ def cost():
             steps = len(list(batches(x, y, 128, 224, torch.Generator().manual_seed(0))))
         counts = {"augmentation": {name: round(count / steps) for name, count in counter.read().items()}}
         for name, beta in (("alone", 0.0), ("guided", 2.5)):
-            ours = networks(Row(name, "deit_tiny", 224, beta=beta), 16, META)
+            ours = networks(Row(name, "deit_tiny", 224, beta=beta), 16, META, precision)
             counts[name] = count_step(lambda steps: train_epoch(*ours, steps, beta, precision), batch)
         if find_spec("timm"):
             timms = usual.deit_tiny().to(META)
@@ -256,8 +259,10 @@ def lines(args, data, device, rate):
     for kind in args.rows:
         if kind == "cost":
             yield from cost()
-        elif kind in ("inputs", "models"):
-            yield from (inputs if kind == "inputs" else models)(args, data, device)
+        elif kind == "inputs":
+            yield from inputs(args, data, device)
+        elif kind == "models":
+            yield from models(args, data, device, rate)
         else:
             yield from train_rows(rows_of(kind, args, device), args, data, device, rate)
 

@@ -71,7 +71,7 @@ class Guidance(nn.Module):
         loss = 0.0
         for project, student, teacher in zip(self.projections, student_features, teacher_features):
             # (B, D, h, w) -> (B, C_i, h, w): a 1x1 convolution and a resize commute, this order is cheaper
-            student = project(student.to(project.weight.dtype)).float()
+            student = project(student).float()
             teacher = teacher.detach().float()
             if student.shape[:2] != teacher.shape[:2]:
                 raise ValueError(

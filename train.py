@@ -243,7 +243,7 @@ def train(args, processes=Processes()):
     compiled, compiled_in_words = pick_compile(args.compile, device, steps * args.epochs)
     folder.announce(data, now, f"{in_words}; {compiled_in_words}", precision)
     # what is saved, and evaluated, are the plain networks
-    student, teacher, guidance = processes.wrap(now.model, teacher, now.projections, compiled)
+    student, teacher, guidance = processes.wrap(now.model, teacher, now.projections, compiled, precision)
 
     for epoch in range(len(now.history), args.epochs):
         beta = (

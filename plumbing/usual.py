@@ -1,9 +1,13 @@
 """Training as it is usually written, for bench.py to compare with: timm's DeiT-tiny, the usual loop, and timm's
 transforms of the same recipe on Pillow images in workers. Needs timm."""
 
+import functools
+
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, default_collate
+
+from augment import send
 
 
 def deit_tiny():
@@ -16,7 +20,7 @@ def deit_tiny():
 def train_epoch(model, optimizer, loader, precision, device):
     """One epoch, for a model that returns logits."""
     for images, labels in loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images, labels = send(images, device), send(labels, device)
         with precision.autocast:
             loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
@@ -24,19 +28,23 @@ def train_epoch(model, optimizer, loader, precision, device):
         optimizer.step()
 
 
+def posterize(image, bits, **_):
+    """timm's own stops with an error in Pillow 12 and later where no bit is left."""
+    return ImageOps.posterize(image, max(1, bits))
+
+
+def transformed(transform, pairs):
+    """A batch, from pairs of a Pillow image and its label."""
+    return default_collate([(transform(picture), label) for picture, label in pairs])
+
+
 def batches(data, batch_size, size, workers):
-    """A loader of the recipe's batches, for any number of epochs."""
+    """A loader of the recipe's batches, for any number of epochs; its workers start in any way, not by fork only."""
     import timm.data
 
-    # timm's own posterize stops with an error in Pillow 12 and later where no bit is left
-    posterize = lambda image, bits, **_: ImageOps.posterize(image, max(1, bits))  # noqa: E731
     timm.data.auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
     recipe = dict(auto_augment="rand-m9-mstd0.5-inc1", color_jitter=None, re_prob=0.25, re_mode="pixel")
     transform = timm.data.create_transform(size, is_training=True, interpolation="bicubic", **recipe)
-
-    def transformed(pairs):
-        return default_collate([(transform(picture), label) for picture, label in pairs])
-
     pictures = map(Image.fromarray, data.x_train.permute(0, 2, 3, 1).cpu().numpy())
     return DataLoader(
         list(zip(pictures, data.y_train.tolist())),
@@ -45,7 +53,6 @@ def batches(data, batch_size, size, workers):
         drop_last=True,
         num_workers=workers,
         persistent_workers=True,
-        collate_fn=transformed,
-        multiprocessing_context="fork",
+        collate_fn=functools.partial(transformed, transform),
         pin_memory=data.x_train.is_cuda,
     )

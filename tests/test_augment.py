@@ -2,6 +2,7 @@
 
 import functools
 import math
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -11,8 +12,9 @@ import torchvision
 from conftest import CIFAR, few_glyphs
 from PIL import Image, ImageEnhance, ImageOps
 from torch.optim.lr_scheduler import LambdaLR
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import augment
 import train
@@ -253,7 +255,7 @@ def test_every_image_is_augmented_in_its_own_way_and_from_the_generator_alone(mo
     torch.manual_seed(99), np.random.seed(99)
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, epoch(x, 5)))
     assert not torch.equal(first[0][0], epoch(x, 6)[0][0])
-    monkeypatch.setitem(augment.AT_ONCE, "cpu", 5 * 12 * 32**2)  # five images at once instead of all
+    monkeypatch.setitem(augment.AT_ONCE, "cpu", 1)  # a batch at once instead of all
     for (a, _), (b, _) in zip(first, epoch(x, 5)):
         torch.testing.assert_close(a, b, atol=0.05, rtol=0)  # a rounding may fall the other way
 
@@ -271,6 +273,39 @@ def test_the_parts_of_several_processes_are_together_the_batches_of_one():
             assert (images - theirs).abs().gt(1e-4).float().mean() < 1e-3  # a rounding may fall the other way
 
 
+class Memory(TorchDispatchMode):
+    """The bytes that tensors made while it is entered hold at once, at most."""
+
+    now = peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        known = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        }
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+                storage = tensor.untyped_storage()
+                self.now, self.peak = self.now + storage.nbytes(), max(self.peak, self.now + storage.nbytes())
+                weakref.finalize(storage, self.freed, storage.nbytes())
+        return result
+
+    def freed(self, size):
+        self.now -= size
+
+
+@pytest.mark.parametrize("stored, size", [(256, 32), (32, 224), (64, 64)])
+def test_large_stored_images_are_augmented_fewer_at_once(stored, size, monkeypatch):
+    """Whatever takes the memory, stored images or output, an epoch stays within the bytes it was given; the images
+    before, which are still in use, take as much again at most."""
+    monkeypatch.setitem(augment.AT_ONCE, "cpu", 2**24)
+    x = torch.zeros(64, 3, stored, stored, dtype=torch.uint8)
+    with Memory() as memory:
+        for _ in batches(x, torch.arange(64), 4, size, torch.Generator().manual_seed(0)):
+            pass
+    assert 2**23 < memory.peak < 2.5 * 2**24
+
+
 def test_wrong_images_sizes_and_strengths_are_refused():
     x, noise = glyph_images(50), torch.randn(3, 64, 64)
     draws = draw(50, 64, 32, torch.Generator())
@@ -286,12 +321,31 @@ def test_wrong_images_sizes_and_strengths_are_refused():
 # ---------------------------------------------------------------------------------------------- on a device
 
 
+class Called(TorchFunctionMode):
+    """Calls the meta device by another one's name."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.device = torch.device(name)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        real = lambda x: torch.device("meta") if x == self.device else x  # noqa: E731
+        args, kwargs = tree_map_only(torch.device, real, (args, kwargs or {}))
+        result = function(*args, **kwargs)
+        asked = function == torch.Tensor.device.__get__
+        return self.device if asked and result.type == "meta" else result
+
+
 class Elsewhere(TorchDispatchMode):
-    """Holds every operation to what is fast on a GPU, where the meta device stands for the GPU: no operation
-    takes tensors of both devices, and nothing is copied to the device in a way that waits. Whatever looks at
+    """Holds every operation to what is right on a GPU, where the meta device stands for the GPU: no operation
+    takes tensors of both devices, and copies to the device wait for their end or not. Whatever looks at
     a tensor's values fails on the meta device by itself, apart from reading results, which is counted."""
 
     reads = 0
+
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -302,14 +356,15 @@ class Elsewhere(TorchDispatchMode):
             return torch.zeros(args[0].shape)
         result = operation(*args, **kwargs)
         if given == {"cpu"} and isinstance(result, torch.Tensor) and result.device.type == "meta":
-            assert kwargs.get("non_blocking"), f"{operation} waits for its copy"
+            assert bool(kwargs.get("non_blocking")) != self.waits, f"{operation}: the wrong way to copy"
         return result
 
 
-@pytest.mark.parametrize("size", [32, 64])
-def test_an_epoch_waits_for_the_device_once_and_mixes_no_devices(size, monkeypatch):
+@pytest.mark.parametrize("size, kind", [(32, "cuda"), (64, "cuda"), (32, "mps")])
+def test_an_epoch_waits_for_the_device_once_and_mixes_no_devices(size, kind, monkeypatch):
     """Guided training at the size of the stored images and enlarged, every operation of the augmentation
-    included: the host reads one tensor, the epoch's means."""
+    included: the host reads one tensor, the epoch's means. On Apple's GPUs it waits for every copy too, as the
+    copy of a temporary tensor is unsafe otherwise."""
     student = VisionTransformer(10, size, 8, 48, 3, 3, (0, 1, 2), drop_path=0.1).to("meta")
     teacher = resnet8(10).to("meta").eval().requires_grad_(False)
     guide = Guidance(student.feature_channels, teacher.feature_channels).to("meta")
@@ -326,11 +381,11 @@ def test_an_epoch_waits_for_the_device_once_and_mixes_no_devices(size, monkeypat
 
     monkeypatch.setattr(augment, "move", noted(move))
     monkeypatch.setattr(augment, "recolour", noted(recolour))
-    monkeypatch.setitem(augment.AT_ONCE, "meta", 2**22)
+    monkeypatch.setitem(augment.AT_ONCE, kind, 2**22)
     x = torch.zeros(256, 3, 32, 32, dtype=torch.uint8, device="meta")
     y = torch.zeros(256, dtype=torch.long, device="meta")
-    images = batches(x, y, 32, size, torch.Generator().manual_seed(0))
+    images = batches(x, y, 128, size, torch.Generator().manual_seed(0))
     float32 = make_precision(torch.device("cpu"), torch.float32)  # does nothing, so any device will do
-    with Elsewhere() as watch:
+    with Called(kind), Elsewhere(waits=kind == "mps") as watch:
         train.train_epoch(student, teacher, guide, optimizer, scheduler, images, 2.5, float32)
     assert watch.reads == 1 and used == set(OPERATIONS)

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import train
 from augment import batches
+from data import Data
 from guidance import Guidance
-from model import VisionTransformer
-from plumbing import devices
+from model import VisionTransformer, deit_mini
+from plumbing import devices, usual
 from plumbing.devices import Processes, join_processes, make_precision, pick_compile, pick_device
 from plumbing.files import InputError
 from teacher import ResNet
@@ -116,7 +118,7 @@ def test_one_process_alone_sums_and_averages_nothing(monkeypatch):
     assert alone == Processes(0, 1) and alone.mean([1.0, 2.0], CPU) == [1.0, 2.0]
     assert alone.sum(torch.ones(2)).tolist() == [1, 1]
     networks = [nn.Linear(1, 1) for _ in range(3)]
-    assert alone.wrap(*networks, compiled=False) == tuple(networks)
+    assert alone.wrap(*networks, False, make_precision(CPU, torch.float32)) == tuple(networks)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +137,17 @@ def test_processes_that_cannot_run_together_say_why(monkeypatch, argv, environme
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
         join_processes(train.parse(argv))
+
+
+def test_the_usual_pipeline_can_start_its_workers_without_fork():
+    """As on Windows and macOS: what they get is pickled, and makes batches there."""
+    pytest.importorskip("timm", reason="timm is not installed; .ci/run installs it")
+    x = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    loader = usual.batches(Data(x, torch.arange(8), x, torch.arange(8), 8), 4, 32, 1)
+    pairs, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    images, labels = collate(pairs)
+    assert images.shape == (8, 3, 32, 32) and labels.tolist() == [*range(8)]
+    assert loader.multiprocessing_context is None  # the platform's own
 
 
 # -------------------------------------------------------------------------------------------- the fast path
@@ -176,8 +189,9 @@ def fifty_steps(dtype=torch.float32, fast=True, compiled=False, device=CPU, dept
     """(50, 2): cross-entropy and guidance loss at each step, of 25 with guidance and 25 without; and how many
     graphs had been compiled after each half."""
     given = small_training(device, fast, depth)
-    networks = Processes().wrap(given.student, given.teacher, given.guidance, compiled)
-    curve, graphs, precision = [], [], make_precision(device, dtype)
+    precision = make_precision(device, dtype)
+    networks = Processes().wrap(given.student, given.teacher, given.guidance, compiled, precision)
+    curve, graphs = [], []
     for beta in (2.5, 0.0):
         for batch in glyph_batches(device):
             losses = train.train_epoch(*networks, given.optimizer, given.scheduler, [batch], beta, precision)
@@ -193,6 +207,39 @@ def test_the_fast_path_agrees_with_plain_float32_step_by_step():
     assert (plain[:25, 1] > 0).all() and (plain[25:, 1] == 0).all()
     torch.testing.assert_close(fifty_steps()[0], plain, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fifty_steps(torch.bfloat16)[0], plain, rtol=0.02, atol=1e-3)
+
+
+def test_in_low_precision_the_stream_is_low_and_weights_and_gradients_are_float32():
+    """The parameters stay where they are, by their names; every gradient is within 15% of float32's."""
+    torch.manual_seed(0)
+    network, images = deit_mini(10), torch.randn(4, 3, 32, 32)
+    nn.init.normal_(network.head.weight, std=0.1)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        student, _, _ = Processes().wrap(network, None, None, False, make_precision(CPU, dtype))
+        logits, features = student(images)
+        assert {tensor.dtype for tensor in (logits, *features)} == {dtype}
+        network.zero_grad()
+        (logits.float().square().mean() + sum(maps.float().square().mean() for maps in features)).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in network.named_parameters()})
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    for name, expected in gradients[0].items():
+        assert gradients[1][name].dtype == torch.float32
+        assert (gradients[1][name] - expected).norm() <= 0.15 * expected.norm(), name
+
+
+def test_in_low_precision_the_frozen_teacher_is_cast_once_and_cnns_and_float16_are_left_to_autocast():
+    """BatchNorm wants its statistics in float32, and a residual stream in float16 might overflow."""
+    student, teacher, cnn = (
+        deit_mini(10),
+        ResNet(10, (1,), (4,), small=True),
+        ResNet(10, (1,), (4,), small=True),
+    )
+    wrapped = Processes().wrap(student, teacher, None, False, make_precision(CPU, torch.float16))
+    assert wrapped == (student, teacher, None) and {p.dtype for p in teacher.parameters()} == {torch.float16}
+    bfloat16 = make_precision(CPU, torch.bfloat16)
+    assert Processes().wrap(cnn, None, None, False, bfloat16) == (cnn, None, None)
 
 
 @pytest.mark.slow
@@ -216,6 +263,7 @@ def test_on_a_gpu_an_epoch_waits_for_the_device_once_and_agrees_with_the_cpu():
     in float32 is the CPU's within 1%, compiled bfloat16's within 3%."""
     gpu = torch.device("cuda")
     given, precision = small_training(gpu, fast=True), make_precision(gpu, torch.bfloat16)
+    networks = Processes().wrap(given.student, given.teacher, given.guidance, False, precision)
     for _ in range(2):  # the first time things are set up
         epoch = glyph_batches(gpu)
         torch.cuda.synchronize()
@@ -223,7 +271,7 @@ def test_on_a_gpu_an_epoch_waits_for_the_device_once_and_agrees_with_the_cpu():
         try:
             with warnings.catch_warnings(record=True) as waits:
                 warnings.simplefilter("always")
-                train.train_epoch(**vars(given), batches=epoch, beta=2.5, precision=precision)
+                train.train_epoch(*networks, given.optimizer, given.scheduler, epoch, 2.5, precision)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 1, [str(wait.message) for wait in waits]
