@@ -594,13 +594,14 @@ def test_look_draws_the_inside_of_every_row_from_checkpoints(plot, small_glyphs,
 def test_maps_are_standardised_and_share_one_colour_scale(plot, figures, tmp_path):
     torch.manual_seed(0)
     student, teacher = randomise(deit_mini(10, 32, 8)).eval(), resnet8(10).eval()
-    about = dict(
-        args=dict(model="resnet8", dataset="glyphs", classes=None, image_size=32, patch_size=None, epochs=1)
+    rest = "projections optimizer scheduler scaler generator guiding adaptive history origin"
+    about = dict.fromkeys(rest.split()) | dict(model=teacher.state_dict())
+    about["args"] = dict.fromkeys("dataset data classes patch_size teacher".split())
+    about["args"] |= dict(model="resnet8", image_size=32, epochs=1)
+    about["data"] = dict.fromkeys("dataset class_names train test held_out side".split()) | dict(
+        num_classes=10
     )
-    about |= dict.fromkeys(
-        ("projections", "optimizer", "generator", "guiding", "adaptive", "origin", "history")
-    )
-    torch.save(about | dict(model=teacher.state_dict(), data=dict(num_classes=10)), tmp_path / "last.pt")
+    torch.save(about, tmp_path / "last.pt")
     projections = plot.Guidance(student.feature_channels, teacher.feature_channels).state_dict()
     state = dict(origin=dict(teacher=str(tmp_path / "last.pt")), projections=projections)
     images = torch.randn(2, 3, 32, 32)
