@@ -110,9 +110,7 @@ def batches(x, y, batch_size, size, generator, strength="strong", rank=0, ranks=
     mine = torch.arange(used).view(-1, batch_size).chunk(ranks, dim=1)[rank].flatten()
     order, draws = send(order[mine], x.device), list(map(itemgetter(mine), draws))
     batch_size //= ranks
-    S = x.shape[
-        -1
-    ]  # what `resample` needs for an image: bytes, then numbers in float32, weights for both axes
+    S = x.shape[-1]  # `resample` needs for an image: its bytes, three float32 copies, weights for both axes
     each = 3 * S**2 + 4 * (3 * S**2 + 3 * S * size + 3 * size**2 + 2 * size * S)
     at_once = max(1, AT_ONCE[x.device.type] // (each * batch_size)) * batch_size
     for start in range(0, len(order), at_once):

@@ -40,9 +40,10 @@ def open_images(patterns, side):
     """Files, also as patterns such as *.jpg -> their paths, and uint8 images (N, 3, side, side)."""
     paths = []
     for pattern in patterns:  # cmd and PowerShell leave patterns to the program
-        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
-        paths += [Path(name) for name in found if Path(name).is_file()]
-        if not found or Path(pattern).is_dir():
+        names = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
+        found = [Path(name) for name in names if Path(name).is_file()]
+        paths += found
+        if not found:
             raise InputError(f"there is no image file {pattern}; name files, or a pattern: folder/*.jpg")
     images, _ = read_images(paths, side)
     return paths, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

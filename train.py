@@ -34,7 +34,7 @@ from plumbing.devices import Processes, join_processes, pick_compile, pick_devic
 from plumbing.files import InputError, explained
 from teacher import CNNS, TEACHER_SIZE, ResNet
 
-DEFAULTS = {  # of the options, by recipe: "paper" is exactly that of the LG code, "small" its like for a CPU
+DEFAULTS = {  # by recipe: "paper" is the LG code's but for the schedule, "small" its like for a CPU
     "recipe": ("paper", "small", "glyphs"),
     "dataset": ("cifar100", "cifar100", "glyphs"),
     "classes": (None, 20, None),

@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+from model import VisionTransformer
 from plumbing.files import InputError
 from teacher import CNNS, ResNet
 
@@ -21,7 +22,7 @@ SELECTOR = "pytorch.org/get-started/locally"
 
 
 class Precision(NamedTuple):
-    """PyTorch's idiom of mixed precision; in float32 both do nothing."""
+    """PyTorch's idiom of mixed precision; in float32 neither autocast nor scaler does anything."""
 
     dtype: torch.dtype
     autocast: torch.autocast
@@ -50,8 +51,8 @@ def pick_device(name, amp):
         keep_freed_memory()
     if device.type == "cuda" and dtype == torch.float32:
         torch.set_float32_matmul_precision("high")  # TF32: the matrix units round, sums stay in float32
-    kind = "float32" if dtype == torch.float32 else f"{str(dtype).removeprefix('torch.')} autocast"
-    return device, make_precision(device, dtype), f"{device} ({why}); {kind} ({why_dtype})"
+    words = f"{device} ({why}); {str(dtype).removeprefix('torch.')} ({why_dtype})"
+    return device, make_precision(device, dtype), words
 
 
 def open_device(name):
@@ -129,7 +130,7 @@ def pick_compile(asked, device, steps):
 
 
 class InLowPrecision(nn.Module):
-    """A transformer that computes in a low precision throughout, its residual stream and norms included; its own
+    """A network that computes in a low precision throughout, its residual stream and norms included; its own
     parameters stay in float32. They are cast all at once, as are their gradients: autocast casts them one by one, and
     the stream back and forth at every norm, which makes 40% of a step's kernel launches and a quarter of its bytes."""
 
@@ -177,8 +178,9 @@ class Processes(NamedTuple):
     def wrap(self, student, teacher, guidance, compiled, precision):
         """The networks as they are trained: in the precision chosen, compiled if so chosen, and with gradients that
         are averaged over the processes, so that every step is that of the whole batch."""
-        statistics = any(map(torch.is_floating_point, student.buffers()))  # BatchNorm's want float32
-        if precision.dtype == torch.bfloat16 and not statistics:  # a stream in float16 might overflow
+        # A stream in float16 might overflow, and other networks may rely on autocast: for BatchNorm's statistics,
+        # a softmax of their own, constants in float32
+        if precision.dtype == torch.bfloat16 and isinstance(student, VisionTransformer):
             student = InLowPrecision(student, precision.dtype)
         teacher = teacher and teacher.to(precision.dtype)  # it is frozen: cast once, not at every step
         if compiled:
@@ -188,7 +190,7 @@ class Processes(NamedTuple):
         return student, teacher, guidance
 
     def leave(self):
-        """Ends the meeting."""
+        """Leaves the group that they form."""
         if self.count > 1:
             dist.destroy_process_group()
 
@@ -204,7 +206,9 @@ def join_processes(args):
     if args.model in CNNS:
         raise InputError(f"{args.model} trains in one process, as BatchNorm wants whole batches: use python")
     if args.batch_size % count:
-        raise InputError(f"{count} processes cannot share batches of {args.batch_size}: choose a multiple")
+        raise InputError(
+            f"{count} processes cannot share batches of {args.batch_size}: choose a multiple of {count}"
+        )
     cuda = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
     args.device, local = "cuda" if cuda else "cpu", int(os.environ.get("LOCAL_RANK", rank))
     if cuda:

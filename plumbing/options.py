@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -46,7 +47,8 @@ def parse(argv, recipes):
         for key, value in saved.items():
             if key in vars(args) and getattr(args, key) is None and key != "device":
                 setattr(args, key, value)
-        args.batch_given = saved.get("batch_given", args.batch_given)
+        args.command = saved.get("command", args.command)  # which makes the run from its start
+        args.batch_given = saved.get("batch_given", True)  # older runs took any batch size as it was
     fill_in(args, recipes)
     check(args, parser.error)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one talks
@@ -89,7 +91,7 @@ def add_options(parser, recipes):
     add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (early: a third)")
     add("--teacher", metavar="FILE", help="its last.pt, or its model's name, to be trained if need be")
     add("--epochs", type=int)
-    add("--batch-size", type=int, help="(default: the recipe's, at most a tenth of the training images)")
+    add("--batch-size", type=int, help="(default: the recipe's, or less for few images)")
     add("--lr", type=float, help="peak learning rate")
     add("--image-size", type=int, help="pixels the model sees")
     add("--patch-size", type=int, help="pixels of a transformer's patch")
@@ -97,7 +99,7 @@ def add_options(parser, recipes):
     add("--init", metavar="FILE", help="first weights: a last.pt, or timm's or torchvision's of the network")
     add("--seed", type=int, help="of weights, order and augmentation (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: auto)")
-    add("--amp", action=on_off, help="bfloat16 autocast (default: on a CUDA GPU)")
+    add("--amp", action=on_off, help="bfloat16, on older GPUs float16 (default: on a CUDA GPU)")
     add("--compile", action=on_off, help="torch.compile (default: in a long run on a CUDA GPU)")
     add("--out", metavar="DIR", help="its folder (default: runs/<dataset>-<model>-<schedule>-seed<seed>)")
     add("--resume", action="store_true", help="continue after the last whole epoch, with the same options")
@@ -177,8 +179,9 @@ def command_line(program):
     """Runs a program. What the user can mend ends with one line and exit code 1, Ctrl-C with 130, SIGTERM with
     143."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # where it was closed
-    utf8 = sys.stdout.encoding.lower() == "utf-8"  # which can give the bytes of any file name back
-    sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it is something else in a notebook
+        utf8 = sys.stdout.encoding.lower() == "utf-8"  # which can give the bytes of any file name back
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
         program()
         sys.stdout.flush()  # here and not while Python ends, where nothing could be caught

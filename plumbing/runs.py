@@ -242,11 +242,11 @@ class Folder:
         self.write_log(training.history)
 
     def count_steps(self, data):
-        """Images in a batch and steps in an epoch, of which few images make at least ten unless --batch-size is
-        given: in few steps nothing is learnt."""
+        """Images in a batch and steps in an epoch. Unless --batch-size is given, few images have small batches, so
+        that an epoch has about ten steps: in one or two hardly anything is learnt."""
         images, batch_size = len(data.x_train), self.args.batch_size
         if not self.args.batch_given:
-            batch_size = min(batch_size, max(images // 10, 8))
+            batch_size = min(batch_size, max(images // 10, 8, self.processes))
         batch_size = min(batch_size, images) // self.processes * self.processes
         if not batch_size:
             raise InputError(f"{images} images cannot be shared by {self.processes} processes: use python")

@@ -35,7 +35,7 @@ def test_the_device_and_its_precision_are_chosen_with_their_reasons():
     with precision.autocast:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     _, precision, words = pick_device("cpu", True)
-    assert words == "cpu (as asked); bfloat16 autocast (as asked)"
+    assert words == "cpu (as asked); bfloat16 (as asked)"
     with precision.autocast:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     assert not precision.scaler.is_enabled()  # bfloat16 has float32's range
@@ -125,7 +125,7 @@ def test_one_process_alone_sums_and_averages_nothing(monkeypatch):
     "argv, environment, message",
     [
         (["--model", "resnet8"], {}, "resnet8 trains in one process, .*: use python"),
-        (["--batch-size", "5"], {}, "2 processes cannot share batches of 5: choose a multiple"),
+        (["--batch-size", "5"], {}, "2 processes cannot share batches of 5: choose a multiple of 2"),
         (["--device", "cuda"], dict(LOCAL_RANK="99"), "no GPU is left for process 99, of .*--device cpu"),
         (["--device", "cpu"], {}, "do not find each other .*start them by torchrun"),
     ],
@@ -209,6 +209,17 @@ def test_the_fast_path_agrees_with_plain_float32_step_by_step():
     torch.testing.assert_close(fifty_steps(torch.bfloat16)[0], plain, rtol=0.02, atol=1e-3)
 
 
+class Shifted(nn.Module):
+    """Adds a constant, which is no buffer, between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(self.first(x) + torch.ones(4))
+
+
 def test_in_low_precision_the_stream_is_low_and_weights_and_gradients_are_float32():
     """The parameters stay where they are, by their names; every gradient is within 15% of float32's."""
     torch.manual_seed(0)
@@ -229,8 +240,9 @@ def test_in_low_precision_the_stream_is_low_and_weights_and_gradients_are_float3
         assert (gradients[1][name] - expected).norm() <= 0.15 * expected.norm(), name
 
 
-def test_in_low_precision_the_frozen_teacher_is_cast_once_and_cnns_and_float16_are_left_to_autocast():
-    """BatchNorm wants its statistics in float32, and a residual stream in float16 might overflow."""
+def test_in_low_precision_the_frozen_teacher_is_cast_once_and_other_networks_and_float16_are_left_to_autocast():
+    """BatchNorm wants its statistics in float32, and a residual stream in float16 might overflow. Of a user's own
+    transformer nothing is known: this one has a constant in float32."""
     student, teacher, cnn = (
         deit_mini(10),
         ResNet(10, (1,), (4,), small=True),
@@ -240,6 +252,9 @@ def test_in_low_precision_the_frozen_teacher_is_cast_once_and_cnns_and_float16_a
     assert wrapped == (student, teacher, None) and {p.dtype for p in teacher.parameters()} == {torch.float16}
     bfloat16 = make_precision(CPU, torch.bfloat16)
     assert Processes().wrap(cnn, None, None, False, bfloat16) == (cnn, None, None)
+    own, _, _ = Processes().wrap(Shifted(), None, None, False, bfloat16)
+    with bfloat16.autocast:
+        assert own(torch.zeros(2, 4)).dtype == torch.bfloat16
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The command line: what options default to, what is refused, and how a program ends."""
 
+import io
+import json
 import multiprocessing
 import os
 import re
@@ -94,6 +96,14 @@ def test_options_without_effect_are_told_in_one_line_and_once(words, note, capsy
     monkeypatch.setenv("RANK", "1")  # the second of two processes
     train.parse(words.split())
     assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_run_keeps_the_command_that_makes_it_from_its_start(tmp_path):
+    """Also one that was stopped before its first checkpoint, by a train.py that knew no `batch_given`."""
+    begun = dict(command="python train.py --lr 1", lr=1.0)
+    (tmp_path / "log.jsonl").write_text(json.dumps(dict(args=begun)) + "\n")
+    args = train.parse(["--resume", "--out", str(tmp_path)])
+    assert (args.command, args.lr, args.batch_given) == ("python train.py --lr 1", 1, True)
 
 
 # ----------------------------------------------------------------------------------------------- bad input
@@ -371,6 +381,9 @@ def test_output_on_a_full_disk_ends_with_one_line(monkeypatch, words):
 def test_output_that_is_closed_or_knows_few_letters_does_not_matter(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", None)  # as Python has it after >&-
     options.command_line(lambda: print("epoch", sys.stdout.isatty()))
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # a notebook's is no file either
+    options.command_line(lambda: print("epoch"))
+    assert sys.stdout.getvalue() == "epoch\n"
     for encoding, shown in (("cp1252", b"\\u72ac \\udcff"), ("utf-8", "犬 ".encode() + b"\xff")):
         with open(tmp_path / "out", "w", encoding=encoding) as out:
             monkeypatch.setattr(sys, "stdout", out)

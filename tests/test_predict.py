@@ -138,6 +138,7 @@ def test_another_split_is_never_mistaken_for_the_images_held_out(photos, monkeyp
         (["absent.pt"], "there is no file absent.pt"),
         (["run/last.pt", "absent.jpg"], "there is no image file absent.jpg"),
         (["run/last.pt", "photos"], "there is no image file photos; name files, or a pattern"),
+        (["run/last.pt", "photos/val/*"], r"there is no image file photos/val/\*"),  # only folders
         (["run/last.pt", "run/log.jsonl"], "cannot read 1 images"),
         (["run/last.pt", "--top", "0"], "--top must be at least 1"),
         (["run/last.pt", "photos/val/ant/0.png", "--split", "test"], "are about a data set"),

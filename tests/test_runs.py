@@ -163,6 +163,7 @@ def test_small_and_unbalanced_sets_are_trained_on_and_described(tmp_path, monkey
         (300, 128, False, 4, (28, 10)),
         (40, 128, False, 1, (8, 5)),
         (40, 128, False, 3, (6, 6)),
+        (40, 128, False, 16, (16, 2)),
         (5, 128, False, 1, (5, 1)),
         (300, 128, True, 1, (128, 2)),  # what is given is taken
         (100, 128, True, 1, (100, 1)),
