@@ -8,7 +8,7 @@ Usage:
     L = L_cls + beta * L_guidance      beta (`beta_at`) falls to 0; from then on the teacher is never called
 
 What makes it work, and its effect where that was measured (on a CPU; see results/README.md):
-    1. A small CNN guides early: 20 classes of CIFAR-100, 30 epochs, 36% alone and 60% guided.
+    1. A small CNN guides early: on the generated images 24% alone and 94% guided, three seeds.
     2. The data set lies on the device whole, and batches are augmented there (augment.py): 1.8 times as many
        images/s at 224 px as timm's transforms on Pillow images in two workers, 5 times as many at 32 px.
     3. The teacher sees 32 px, without gradients, while beta is above 0: 3% more operations a step, counted.
