@@ -11,7 +11,7 @@ What makes it work, and its effect where that was measured (on a CPU; see result
     1. A small CNN guides early: on the generated images 24% alone and 94% guided, three seeds.
     2. The data set lies on the device whole, and batches are augmented there (augment.py): 1.8 times as many
        images/s at 224 px as timm's transforms on Pillow images in two workers, 5 times as many at 32 px.
-    3. The teacher sees 32 px, without gradients, while beta is above 0: 3% more operations a step, counted.
+    3. The teacher sees 32 px, without gradients, while beta is above 0: 4% more operations a step, counted.
     4. Convolutions have their channels last: 1.1 to 1.5 times as fast.
     5. On a GPU: bfloat16 throughout, with 0.63 of the usual loop's kernel launches and 0.73 of its bytes (counted),
        and torch.compile; the host waits for it once an epoch. Not timed yet.

@@ -76,13 +76,13 @@ def note_length(path, epochs):
 
 
 def restore(path):
-    """The network of a checkpoint, with its weights, and the checkpoint."""
+    """The network of a checkpoint, with its weights, in eval mode; and the checkpoint."""
     state = load_checkpoint(path)
     args = state["args"]
     with explained(f"{path} does not hold the network it names", "train it again"):
         model = build(args["model"], state["data"]["num_classes"], args["image_size"], args["patch_size"])
         model.load_state_dict(state["model"])
-    return model, state
+    return model.eval(), state
 
 
 def describe(data):

@@ -650,7 +650,7 @@ def test_several_processes_go_on_by_torchrun_as_the_readme_has_it(tmp_path, monk
     assert capsys.readouterr().err.endswith(
         "go on: torchrun --standalone --nproc_per_node=2 train.py --seed 1\n"
     )
-    assert "torchrun --standalone --nproc_per_node=2\ntrain.py" in (HERE / "README.md").read_text()
+    assert "torchrun --standalone --nproc_per_node=2 train.py" in (HERE / "README.md").read_text()
 
 
 def test_processes_may_be_more_than_test_images(monkeypatch):
