@@ -9,7 +9,7 @@ Usage:
 
 What makes it work, and its effect where that was measured (on a CPU; see results/README.md):
     1. A small CNN guides early: on the generated images 24% alone and 94% guided, three seeds.
-    2. The data set lies on the device whole, and batches are augmented there (augment.py): 1.8 times as many
+    2. The data set lies on the device whole, and batches are augmented there (augment.py): 1.6 times as many
        images/s at 224 px as timm's transforms on Pillow images in two workers, 5 times as many at 32 px.
     3. The teacher sees 32 px, without gradients, while beta is above 0: 4% more operations a step, counted.
     4. Convolutions have their channels last: 1.1 to 1.5 times as fast.
