@@ -71,6 +71,7 @@ class Guidance(nn.Module):
         loss = 0.0
         for project, student, teacher in zip(self.projections, student_features, teacher_features):
             # (B, D, h, w) -> (B, C_i, h, w): a 1x1 convolution and a resize commute, this order is cheaper
+            # in the precision of the maps: under autocast they may be bfloat16 while the projections are not
             weight, bias = project.weight.to(student.dtype), project.bias.to(student.dtype)
             student = F.conv2d(student, weight, bias).float()
             teacher = teacher.detach().float()

@@ -304,9 +304,8 @@ class Folder:
             self.origin |= dict(guidance_scale=training.projections.scale.item())
             unit = self.origin["guidance_scale"]
             print(f"unit of the guidance loss: {unit:.4g}, the mean square of the teacher's maps")
-        unused, took = images % batch_size, ""
-        if args.model in CNNS:  # as an automatic teacher is, which somebody may not have expected
-            left = steps * (args.epochs - len(training.history))
+        unused, took, left = images % batch_size, "", steps * (args.epochs - len(training.history))
+        if left and args.model in CNNS:  # as an automatic teacher is, which somebody may not have expected
             seconds = round(left * seconds_a_step(args, data, batch_size, precision))
             took = f"; this takes about {timedelta(seconds=seconds)}"
         print(

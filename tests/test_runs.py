@@ -151,6 +151,8 @@ def test_small_and_unbalanced_sets_are_trained_on_and_described(tmp_path, monkey
         command(monkeypatch, *row, *given, "--out", told)
         printed = capsys.readouterr().out
         assert re.search(f"training: 1 epochs of {told}; this takes about 0:00:0\\d\n", printed)
+        command(monkeypatch, *row, *given, "--out", told, "--resume")
+        assert "this takes about" not in capsys.readouterr().out  # nothing is left to train
         assert "10 classes (from 1 of 'class 1' to 11 of 'class 0')" in printed
 
 
