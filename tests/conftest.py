@@ -23,6 +23,13 @@ from plumbing import options, runs
 HERE = Path(__file__).parents[1]  # the project
 CIFAR = HERE / "data" / "cifar100.npz"  # real images, where they are at hand
 
+
+@pytest.fixture(autouse=True)
+def empty_folder(monkeypatch, tmp_path):
+    """Every test starts in an empty folder: the runs and data of a used checkout change no outcome."""
+    monkeypatch.chdir(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------ small data sets
 
 
@@ -39,7 +46,6 @@ def small_glyphs(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "glyphs", lambda: arrays)
     for option, value in dict(epochs=3, image_size=32, patch_size=8).items():
         monkeypatch.setitem(train.RECIPES["glyphs"], option, value)
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

@@ -95,8 +95,7 @@ class Malicious:
     ],
     ids=lambda change: " ".join(f"{key} {getattr(value, 'shape', value)}" for key, value in change.items()),
 )
-def test_a_wrong_cache_is_refused_with_the_file_and_the_next_action(tmp_path, monkeypatch, change):
-    monkeypatch.chdir(tmp_path)
+def test_a_wrong_cache_is_refused_with_the_file_and_the_next_action(tmp_path, change):
     small_cache(tmp_path / "cifar10.npz", **change)
     with pytest.raises(InputError, match=r"cifar10\.npz .*[Dd]elete it"):
         load("cifar10", tmp_path)

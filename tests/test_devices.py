@@ -82,10 +82,9 @@ def test_memory_is_kept_only_where_the_c_library_can(monkeypatch):
 # ------------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_compiled_run_and_one_in_bfloat16_end_near_the_plain_one(tmp_path, monkeypatch):
+def test_a_compiled_run_and_one_in_bfloat16_end_near_the_plain_one(monkeypatch):
     """--amp and --compile through a whole run; what inductor makes of it has a test of its own below."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.chdir(tmp_path)
     easy_cache(Path("data/cifar10.npz"))
     small = ("--dataset", "cifar10", "--model", "deit_mini", "--image-size", 32, "--patch-size", 8)
     losses = {}

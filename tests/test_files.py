@@ -115,9 +115,8 @@ def test_running_out_of_memory_while_saving_is_not_taken_for_a_full_disk(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_on_a_full_disk_a_run_ends_with_one_line_and_keeps_its_last_epoch(tmp_path, monkeypatch):
+def test_on_a_full_disk_a_run_ends_with_one_line_and_keeps_its_last_epoch(monkeypatch):
     """A file system of 12 MB: the first checkpoint of 8 MB fits, the second one beside it does not."""
-    monkeypatch.chdir(tmp_path)
     easy_cache(Path("data/cifar10.npz"))
     disk = Path("disk")
     disk.mkdir()
@@ -174,8 +173,7 @@ def test_tensors_come_back_as_they_were_written(tmp_path):
     assert torch.equal(again.pop("weights"), state.pop("weights")) and again == state
 
 
-def test_what_is_no_file_of_tensors_is_refused_and_runs_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_no_file_of_tensors_is_refused_and_runs_nothing():
     write_tensors("whole.pt", dict(weights=torch.zeros(1000)))
     whole = Path("whole.pt").read_bytes()
     for name, content in (("empty", b""), ("text", b"text"), ("cut", whole[: len(whole) * 7 // 10])):

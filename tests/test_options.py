@@ -56,8 +56,7 @@ def test_a_recipes_few_classes_belong_to_its_own_data_set():
     assert train.parse(["--recipe", "small", "--dataset", "cifar10"]).classes is None
 
 
-def test_each_row_has_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_each_row_has_a_folder_of_its_own():
     for words, out in (
         ("", "glyphs-deit_mini-early-seed0"),
         ("--seed 3 --schedule none", "glyphs-deit_mini-none-seed3"),

@@ -103,10 +103,9 @@ def easy_tree(root):
 
 
 @pytest.mark.slow
-def test_every_training_command_of_the_readme_runs_scaled_down(tmp_path, monkeypatch):
+def test_every_training_command_of_the_readme_runs_scaled_down(monkeypatch):
     """To the end, on easy images, at 32 px, for one epoch. `python train.py` itself is what .ci/run runs, and
     torchrun has a test of its own."""
-    monkeypatch.chdir(tmp_path)
     easy_cache(Path("data/cifar100.npz"), 80)
     easy_tree(Path("DIR"))
     found = re.findall(r"(?:^    |`)python train\.py( [^`|\n]+)", README, re.MULTILINE)
@@ -130,11 +129,10 @@ def test_every_training_command_of_the_readme_runs_scaled_down(tmp_path, monkeyp
         shutil.rmtree("run")
 
 
-def test_the_readmes_own_transformer_trains_under_guidance(monkeypatch, tmp_path):
+def test_the_readmes_own_transformer_trains_under_guidance(monkeypatch):
     space = dict(nn=nn, torchvision=torchvision)
     exec(README.split("```python\n")[2].split("```")[0], space)
     monkeypatch.setitem(train.TRANSFORMERS, "swin", space["Swin"])
-    monkeypatch.chdir(tmp_path)
     easy_cache(Path("data/cifar10.npz"), 80)
     small = ("--dataset", "cifar10", "--batch-size", 16)
     command(monkeypatch, *small, "--model", "resnet8", "--epochs", 6, "--out", "teacher")

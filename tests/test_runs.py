@@ -139,8 +139,7 @@ def test_an_automatic_teachers_log_holds_a_command_that_makes_it_again(place, mo
     assert same_runs(teacher, "again") and len(records("again")[1]) == 4
 
 
-def test_small_and_unbalanced_sets_are_trained_on_and_described(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_small_and_unbalanced_sets_are_trained_on_and_described(monkeypatch, capsys):
     small_cache(Path("data/cifar10.npz"), y_train=np.array([*range(10), *[0] * 10]))
     for given, told in (
         (["--batch-size", 64], "1 steps of 20 images"),
@@ -643,7 +642,7 @@ def test_a_network_is_restored_from_its_checkpoint_alone_or_refused(place):
 # ------------------------------------------------------------------------------------------ several processes
 
 
-def test_several_processes_go_on_by_torchrun_as_the_readme_has_it(tmp_path, monkeypatch, capsys):
+def test_several_processes_go_on_by_torchrun_as_the_readme_has_it(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "--seed", "1"])
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), runs.interruptible(train.parse([]), Processes(0, 2)):
