@@ -59,9 +59,7 @@ class Draws(NamedTuple):
 def draw(n, stored, size, generator, strength="strong"):
     """Draws for n images of side `stored` that become `size`. "strong" is the recipe; "weak" a crop of at
     least half the area and a flip."""
-    if strength not in ("strong", "weak"):
-        raise ValueError(f"strength must be 'strong' or 'weak', got {strength!r}")
-    smallest, operate, erase = (0.08, 0.5, 0.25) if strength == "strong" else (0.5, 0.0, 0.0)
+    smallest, operate, erase = {"strong": (0.08, 0.5, 0.25), "weak": (0.5, 0.0, 0.0)}[strength]
     crop = draw_boxes(n, stored, smallest, 1.0, 3 / 4, generator)
     box = draw_boxes(n, size, 0.02, 1 / 3, 0.3, generator)
     chance = torch.rand(6, n, generator=generator)
@@ -127,26 +125,15 @@ def send(tensor, device):
 
 
 def augment(images, size, draws, noise):
-    """Applies `draws` to the images, each by itself.
+    """Applies its draws to each image: uint8 (n, 3, S, S) -> normalised float32 (n, 3, size, size).
 
-    Args:
-        images: uint8 (n, 3, S, S), on any device.
-        size: side of the result, in pixels.
-        draws: what `draw` gave for these images.
-        noise: standard normal (3, 2 size, 2 size), on the device; what is erased shows a part of it.
-
-    Returns:
-        float32 (n, 3, size, size), normalised with ImageNet's mean and standard deviation.
+    noise: standard normal (3, 2 size, 2 size), on the device of the images; what is erased shows a part of it.
     """
-    n, _, S, _ = images.shape
-    if images.dtype != torch.uint8 or images.shape[1:] != (3, S, S) or len(draws.flip) != n:
+    S, device = images.shape[-1], images.device
+    if images.dtype != torch.uint8 or images.shape != (len(draws.flip), 3, S, S):
         raise ValueError(
-            f"expected uint8 images (B, 3, S, S) and as many draws, got {images.dtype} "
-            f"{tuple(images.shape)} and {len(draws.flip)}"
+            f"expected {len(draws.flip)} uint8 images (3, S, S), got {images.dtype} {images.shape}"
         )
-    if size < 3:
-        raise ValueError(f"size must be at least 3 pixels, got {size}")
-    device = images.device
     mean, std = send(torch.tensor((MEAN, STD)).view(2, 3, 1, 1), device)
     x = resample(images, size, draws.crop, draws.flip)  # whole numbers 0 .. 255
     for slot in range(2):
@@ -205,7 +192,7 @@ def move(x, operation, amount, enlarged):
     S, amount = x.shape[-1], amount[:, 0]  # (b, 1, 1)
     across = (torch.arange(S, device=x.device) + 0.5) * (2 / S) - 1  # (S,) from -1 to 1
     down = across[:, None]  # (S, 1)
-    from_x, from_y = across, down  # where an output pixel comes from
+    from_x, from_y = across, down  # where an output pixel comes from; one of them or both become (b, ., .)
     if operation == "Rotate":
         cos, sin = (amount * math.radians(30)).cos(), (amount * math.radians(30)).sin()
         from_x, from_y = cos * across - sin * down, sin * across + cos * down  # (b, S, S)
@@ -217,8 +204,8 @@ def move(x, operation, amount, enlarged):
         from_x = from_x + 2 * 0.45 * amount
     else:
         from_y = from_y + 2 * 0.45 * amount
-    inside = ((from_x.abs() < 1) & (from_y.abs() < 1)).expand(len(x), S, S)[:, None]
-    grid = torch.stack((from_x.expand(len(x), S, S), from_y.expand(len(x), S, S)), dim=3)  # (b, S, S, 2)
+    inside = ((from_x.abs() < 1) & (from_y.abs() < 1))[:, None]  # (b, 1, S, S)
+    grid = torch.stack(torch.broadcast_tensors(from_x, from_y), dim=3)  # (b, S, S, 2)
     mode = "bilinear" if enlarged else "bicubic"  # on a smooth image as good, at a quarter of the cost
     x = F.grid_sample(x, grid, mode, "border", align_corners=False)
     fill = send(torch.tensor(FILL, dtype=torch.float32), x.device).view(3, 1, 1)

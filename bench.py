@@ -33,7 +33,7 @@ from guidance import Guidance
 from model import TRANSFORMERS
 from plumbing import usual
 from plumbing.counting import META, Counter, as_on_gpu, count_step, flops
-from plumbing.devices import Processes, make_precision, pick_compile, pick_device, to_device
+from plumbing.devices import Processes, make_precision, pick_compile, pick_device, synchronize, to_device
 from plumbing.files import InputError, write_whole
 from plumbing.options import Options, command_line
 from plumbing.runs import build, origin_of
@@ -87,7 +87,6 @@ def timed(works, images, args, device, warm_up=1):
     """Times `works`, name -> a function that works through so many `images`, in turns: `args.repeats` times after
     `warm_up` times that do not count. Returns a line for each."""
     times, lines = {name: [] for name in works}, []
-    synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda device: None
     for _ in range(warm_up + args.repeats):
         for name, work in works.items():
             synchronize(device)
@@ -95,12 +94,12 @@ def timed(works, images, args, device, warm_up=1):
             work()
             synchronize(device)
             times[name].append(time.perf_counter() - start)
+    in_ms = 1000 * args.batch_size / images  # of a step, for a second of all images
     for name, taken in times.items():
-        seconds = (median(taken[warm_up:]), min(taken[warm_up:]), max(taken[warm_up:]))
-        in_ms = [1000 * s * args.batch_size / images for s in seconds]
-        line = dict(zip(("seconds", "fastest", "slowest"), seconds), name=name)
-        line |= dict(zip(("ms_per_step", "ms_fastest", "ms_slowest"), in_ms))
-        lines.append(line | dict(images_per_second=images / seconds[0]))
+        middle, fastest, slowest = (choose(taken[warm_up:]) for choose in (median, min, max))
+        line = dict(name=name, seconds=middle, fastest=fastest, slowest=slowest)
+        line |= dict(ms_per_step=in_ms * middle, ms_fastest=in_ms * fastest, ms_slowest=in_ms * slowest)
+        lines.append(line | dict(images_per_second=images / middle))
     return lines
 
 
@@ -129,7 +128,7 @@ def networks(row, patch_size, device, precision, compiled=False):
     return *Processes().wrap(student, teacher, guidance, compiled, precision), optimizer, scheduler
 
 
-def prepare(row, args, data, device):
+def training_of(row, args, data, device):
     """A row's training epoch, as a function."""
     precision = pick_device(args.device, row.amp)[1]
     compiled = pick_compile(row.compile, device, 300 * args.images // args.batch_size)[0]
@@ -149,7 +148,7 @@ def train_rows(rows, args, data, device, rate):
     torch.compiler.reset()
     epochs, about, few, memory = {}, {}, min(12 * args.batch_size, args.images), None
     for row in rows:
-        epochs[row.name], start = prepare(row, args, data, device), time.perf_counter()
+        epochs[row.name], start = training_of(row, args, data, device), time.perf_counter()
         epochs[row.name](few)
         warm_up = time.perf_counter() - start
         if device.type == "cuda":  # the weights of the rows before are in it
@@ -267,16 +266,13 @@ def lines(args, data, device, rate):
             yield from train_rows(rows_of(kind, args, device), args, data, device, rate)
 
 
-def show(table):
-    """Prints the last line of a table as a row, `-` where it lacks a figure, and titles where other ones begin."""
-    columns, *before = [COUNTED if "launches" in line else TIMED for line in table[::-1][:2]]
-    if columns not in before:
-        print(f"\n| | {' | '.join(columns)} |\n|---|{'--:|' * len(columns)}")
-    cells = [table[-1]["name"]]
+def show(line, columns):
+    """Prints a line of a table, `-` where it lacks a figure."""
+    cells = [line["name"]]
     for form in columns.values():
         try:
-            cells.append(form.format(**table[-1]))
-        except (KeyError, TypeError):
+            cells.append(form.format(**line))
+        except (KeyError, TypeError):  # it was not measured
             cells.append("-")
     print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -291,7 +287,7 @@ def main():
     if not steps:
         raise InputError(f"--images {args.images} does not fill a batch of {args.batch_size}; choose more")
     args.images = steps * args.batch_size
-    origin, rate, table = origin_of(args, device), None, []
+    origin, rate, table, columns = origin_of(args, device), None, [], None
     if args.rows != ["cost"]:
         rate, rate_in_words = peak(device, args)
         origin |= dict(full_rate=rate, full_rate_is=rate_in_words)
@@ -303,8 +299,11 @@ def main():
     x = torch.randint(256, (args.images, 3, 32, 32), dtype=torch.uint8).to(device)
     y = torch.randint(100, (args.images,)).to(device)
     for line in lines(args, Data(x, y, x, y, 100), device, rate):
+        before, columns = columns, COUNTED if "launches" in line else TIMED
+        if columns is not before:
+            print(f"\n| | {' | '.join(columns)} |\n|---|{'--:|' * len(columns)}")
+        show(line, columns)
         table.append(line)
-        show(table)
         if args.json:
             text = json.dumps(origin | dict(rows=table), indent=1) + "\n"
             write_whole(Path(args.json), lambda file, text=text: file.write(text.encode()))

@@ -29,7 +29,7 @@ from data import load
 from guidance import Guidance
 from plumbing.files import InputError, explained, write_whole
 from plumbing.options import WITHOUT_EFFECT, Options, command_line
-from plumbing.runs import load_checkpoint, restore
+from plumbing.runs import load_checkpoint, require, restore
 from teacher import CNNS, TEACHER_SIZE, load_teacher
 
 NAMES = {"none": "alone"} | {key: f"+ {key} guidance" for key in ("constant", "early", "adaptive")}
@@ -83,7 +83,7 @@ class Run(NamedTuple):
         found = self.args | {key: self.origin.get(key) for key in ("teacher_model", "teacher_epochs")}
         return {key: value for key, value in found.items() if key not in but and value is not None}
 
-    def kinds(self):
+    def setting(self):
         """Data set, images and length in words; runs in one table agree in each, or have None."""
         words, classes, held_out = self.args["dataset"], self.args["classes"], self.args["held_out"]
         words += f" with {classes} classes" * bool(classes) + f" with {held_out} held out" * bool(held_out)
@@ -99,12 +99,15 @@ def read_run(path):
         origin, *epochs = map(json.loads, path.read_text().splitlines())
         held_out = origin.get("data", {}).get("held_out", origin["args"].get("held_out"))
         args = {"reduction": "mean"} | origin["args"] | {"held_out": held_out}  # older logs lack these
-        [args[key] for key in ("dataset", "classes", "model", "seed", "epochs")], NAMES[args["schedule"]]
-        [origin[key] for key in ("hardware", "threads", "torch")]
-        [(origin["teacher_acc"], args["beta"], args["guide_epochs"]) for line in epochs if line["beta"]]
-        keys = ("val_acc", "train_acc", "seconds", "beta", "loss_cls", "loss_guidance")
-        np.array([[line[key] for key in keys] for line in epochs], float)
-    return Run(path, origin, args, epochs)
+        run = Run(path, origin, args, epochs)
+        require("dataset classes model schedule seed epochs", args)
+        require("hardware threads torch", origin)
+        require(args["schedule"], NAMES)
+        for key in ("val_acc", "train_acc", "seconds", "beta", "loss_cls", "loss_guidance"):
+            run.column(key)  # they are there, and numbers
+        if run.guided():
+            require("teacher_acc beta guide_epochs", origin | args)
+    return run
 
 
 def in_order(run):
@@ -123,10 +126,10 @@ def belonging(runs):
             left[run.path] = f"{len(run.epochs)} of {run.args['epochs']} epochs"
     for i in range(3):
         stay = [run for run in runs if run.path not in left]
-        kinds = {run.path: run.kinds()[i] for run in stay}
-        students = [kinds[run.path] for run in stay if run.student()]
-        most = mode(sorted(filter(None, students)) or sorted(filter(None, kinds.values())) or [None])
-        left |= {path: f"{kind}, not {most}" for path, kind in kinds.items() if kind not in (None, most)}
+        found = {run.path: run.setting()[i] for run in stay}
+        students = [found[run.path] for run in stay if run.student()]
+        most = mode(sorted(filter(None, students)) or sorted(filter(None, found.values())) or [None])
+        left |= {path: f"{words}, not {most}" for path, words in found.items() if words not in (None, most)}
     named = {reason: [str(path) for path in left if left[path] == reason] for reason in left.values()}
     named = "; ".join(f"{', '.join(paths)} ({reason})" for reason, paths in named.items())
     if not stay:
@@ -163,8 +166,10 @@ def measured(rows):
 
 def alone(run, rows):
     """The name of the row without guidance that shares all other options of a guided run, if there is one."""
+    if run.kind() == "alone":
+        return None
     for name, (other, *_) in rows.items():
-        if other.kind() == "alone" != run.kind() and other.options(*GUIDANCE) == run.options(*GUIDANCE):
+        if other.kind() == "alone" and other.options(*GUIDANCE) == run.options(*GUIDANCE):
             return name
 
 
@@ -205,12 +210,13 @@ def why(rows):
     heads += ["beta*L / cross-entropy, last guided epoch", "the same, last epoch", "mean beta"]
     lines = []
     for name, runs in rows.items():
-        lines.append([name, spread([run.last("train_acc") for run in runs])] + [""] * 4)
+        guidance = [""] * 4
         if all(run.guided() for run in runs):
+            ahead = [run.last() - run.origin["teacher_acc"] for run in runs]
             weights = [run.weight(run.guided() - 1) for run in runs], [run.weight(-1) for run in runs]
             numbers = map(mean, (*weights, [run.column("beta").mean() for run in runs]))
-            ahead = [run.last() - run.origin["teacher_acc"] for run in runs]
-            lines[-1][2:] = [spread(ahead, "+"), *(f"{number:.3g}" for number in numbers)]
+            guidance = [spread(ahead, "+"), *(f"{number:.3g}" for number in numbers)]
+        lines.append([name, spread([run.last("train_acc") for run in runs]), *guidance])
     return markdown(heads, lines)
 
 
@@ -258,18 +264,15 @@ def curve(axes, label, runs, key, style, by_time=False):
         axes.plot(x[ends], middle[ends], "|", color=style["color"], markersize=18, markeredgewidth=2.5)
 
 
-def draw_curves(rows, out, timed=True):
-    """accuracy.png, losses.png and, where timed, time.png."""
-    looks, accuracy = styles(rows), {"val_acc": f"{measured(rows)}, %"}
-    losses = dict(beta="beta", loss_cls="cross-entropy, training", loss_guidance="guidance loss, unweighted")
-    for file, columns in (("accuracy", accuracy), ("losses", losses), ("time", accuracy))[: 2 + timed]:
-        figure, [panels] = subplots(1, len(columns), (11, 3.8) if columns is losses else (6.4, 4.8))
-        for axes, (key, label) in zip(panels, columns.items()):
-            for name, runs in rows.items():
-                curve(axes, f"{name} (n = {len(runs)})", runs, key, looks[name], file == "time")
-            x = "minutes of training and validation" if file == "time" else "epochs"
-            axes.set(xlabel=x + " (|: guidance has ended)" * (key == "val_acc"), ylabel=label)
-        save(figure, out / f"{file}.png", panels[0])
+def draw_curves(rows, columns, path, by_time=False):
+    """Draws curves of all rows, a panel for each of the columns of the logs, {key: its name}."""
+    figure, [panels] = subplots(1, len(columns), (6.4, 4.8) if len(columns) == 1 else (11, 3.8))
+    looks, x = styles(rows), "minutes of training and validation" if by_time else "epochs"
+    for axes, (key, label) in zip(panels, columns.items()):
+        for name, runs in rows.items():
+            curve(axes, f"{name} (n = {len(runs)})", runs, key, looks[name], by_time)
+        axes.set(xlabel=x + " (|: guidance has ended)" * (key == "val_acc"), ylabel=label)
+    save(figure, path, panels[0])
 
 
 def draw_strength(rows, out):
@@ -316,7 +319,8 @@ def draw_gain(rows, out):
         if one.args["seed"] == other.args["seed"] and len(teachers) < 2:
             but = GUIDANCE if one.kind() == "alone" else STRENGTH
             words = f"{other.kind()} minus {'weaker ' * (one.kind() == other.kind())}{one.kind()}"
-            words = words if one.options(*but) == other.options(*but) else "other options differ, too"
+            if one.options(*but) != other.options(*but):
+                words = "other options differ, too"
             gain = [other.last(key) - one.last(key) for key in ("train_acc", "val_acc")]
             found.setdefault(words, {}).setdefault((other.args["beta"], one.args["beta"]), []).append(gain)
     if sum(len(gains) for points in found.values() for gains in points.values()) < 3:
@@ -448,13 +452,10 @@ def save(figure, path, named=None):
     kind = Path(path).suffix[1:].lower()
     if kind not in figure.canvas.get_supported_filetypes():
         raise InputError(f"cannot draw {path}: give it a name that ends in .png, .svg or .pdf")
-    handles, labels = named.get_legend_handles_labels() if named else ([], [])
-    if labels:
-        figure.legend(handles, labels, loc="outside lower center", frameon=False)
-        width, height = figure.get_size_inches()  # it needs room for long names, and for many
-        width = max(width, 0.6 + 0.085 * max(map(len, labels)))
-        figure.set_size_inches(width, height + 0.21 * max(0, len(labels) - 5))
-    write_whole(path, lambda file: figure.savefig(file, dpi=150, format=kind))
+    if named:
+        handles, labels = named.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False)
+    write_whole(path, lambda file: figure.savefig(file, dpi=150, format=kind, bbox_inches="tight"))
     print(path)
 
 
@@ -470,7 +471,12 @@ def main():
     text = "\n".join(filter(None, (table(rows, timed), why(rows), paired(rows))))
     write_whole(out / "table.md", lambda file: file.write(text.encode()))
     print(text)
-    draw_curves(rows, out, timed)
+    accuracy = {"val_acc": f"{measured(rows)}, %"}
+    losses = dict(beta="beta", loss_cls="cross-entropy, training", loss_guidance="guidance loss, unweighted")
+    draw_curves(rows, accuracy, out / "accuracy.png")
+    draw_curves(rows, losses, out / "losses.png")
+    if timed:
+        draw_curves(rows, accuracy, out / "time.png", by_time=True)
     draw_strength(rows, out)
     draw_gain(rows, out)
     if args.look:

@@ -142,22 +142,18 @@ def trained_teacher(args):
     if args.teacher not in CNNS:
         return Path(args.teacher)
     theirs = options.of_teacher(args, RECIPES)
-    path, epochs = Path(theirs.out, "last.pt"), theirs.epochs
+    path = Path(theirs.out, "last.pt")
     if path.parent.resolve() == Path(args.out).resolve():  # it would wait for itself
         raise InputError(f"{args.out} is the folder of the teacher: choose another --out")
-    if not runs.is_finished(path):
-        with runs.locked(path.parent, wait=True):
-            if not runs.is_finished(path):  # by the process that was waited for
-                if path.exists():  # continued as it was begun
-                    begun = runs.load_checkpoint(path)["args"]
-                    vars(theirs).update(begun, device=args.device, data=args.data, out=theirs.out)
-                theirs.resume = path.exists()
-                print(
-                    f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs"
-                )
-                train(theirs)
-                print()
-    runs.note_length(path, epochs)
+    with runs.locked(path.parent, wait=True):  # another run may be training it
+        if not runs.is_finished(path):
+            theirs.resume = path.exists()
+            if theirs.resume:  # as it was begun
+                begun = runs.load_checkpoint(path)["args"]
+                vars(theirs).update(begun, device=args.device, data=args.data, out=theirs.out, resume=True)
+            print(f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs")
+            train(theirs)
+            print()
     return path
 
 

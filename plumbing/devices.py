@@ -120,6 +120,12 @@ def to_device(network, device):
     return network.to(device)
 
 
+def synchronize(device):
+    """Waits until a GPU has done what it was given, so that a clock shows what that took."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def pick_compile(asked, device, steps):
     """Whether to compile (asked: True, False or None), and the reason in words. It pays in long runs only."""
     if asked is not None:

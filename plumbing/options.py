@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from data import CLASSES
-from guidance import BETA, beta_at
+from guidance import BETA
 from model import TRANSFORMERS
 from plumbing.files import InputError, out_of_memory
-from plumbing.runs import Interrupted, build, quoted, saved_options
+from plumbing.runs import Interrupted, beta_of, build, quoted, saved_options
 from teacher import CNNS, TEACHER_SIZE
 
 WITHOUT_EFFECT = ("teacher", "beta", "reduction", "guide_epochs")  # where there is no guidance
@@ -58,13 +58,17 @@ def parse(argv, recipes):
 
 def note_idle(args, given):
     """Says which of the given options have no effect; loops over schedules and models share their options."""
-    unguided = args.schedule == "none" or args.beta == 0
-    for where, idle in (
-        ("without guidance", [key for key in WITHOUT_EFFECT if unguided and (key != "beta" or args.beta)]),
-        (f"with {args.model}", ["patch_size"] * (args.model in CNNS)),
-        ("with glyphs", ["data"] * (args.dataset == "glyphs")),
-    ):
-        names = [f"--{key.replace('_', '-')}" for key in idle if key in given]
+    idle = {}
+    if args.beta == 0:  # which is what ends guidance
+        idle["without guidance"] = [key for key in WITHOUT_EFFECT if key != "beta"]
+    elif args.schedule == "none":
+        idle["without guidance"] = WITHOUT_EFFECT
+    if args.model in CNNS:
+        idle[f"with {args.model}"] = ["patch_size"]
+    if args.dataset == "glyphs":
+        idle["with glyphs"] = ["data"]
+    for where, keys in idle.items():
+        names = [f"--{key.replace('_', '-')}" for key in keys if key in given]
         if names:
             print(f"note: {where}, {', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect")
 
@@ -76,17 +80,15 @@ def add_options(parser, recipes):
     add("--dataset", choices=CLASSES, help="glyphs is generated, the others are real (default: glyphs)")
     add("--data", metavar="DIR", help="where data sets and their caches are (default: data)")
     add("--classes", type=int, metavar="K", help="use the first K classes only, for a quick run")
-    held_out = (
-        "for choosing: measure on this fraction of the training images, and leave the test images alone"
-    )
+    held_out = "for choosing: measure on this fraction of the training images, not on the test images"
     add("--held-out", type=float, metavar="F", help=held_out)
     add("--model", choices=[*TRANSFORMERS, *CNNS])
     add("--schedule", choices=["none", "constant", "early", "adaptive"], help="of beta (default: early)")
     add("--beta", type=float, help="weight of the guidance loss at the start (default: 2.5; relative: 90)")
     reduction = (
         "L_guidance over channels: sum in the formula, mean in the paper's code; relative: the mean over the "
+        "mean square of the teacher's maps, so that one beta fits every teacher"
     )
-    reduction += "mean square of the teacher's maps, so that one beta fits every teacher"
     add("--reduction", choices=["mean", "sum", "relative"], help=reduction)
     add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (early: a third)")
     add("--teacher", metavar="FILE", help="its last.pt, or its model's name, to be trained if need be")
@@ -148,14 +150,15 @@ def check(args, fail):
     if args.teacher == "resnet18":
         fail("resnet18 is no teacher: choose resnet56, resnet20 or resnet8")
     limits = dict(epochs=(1, 10**6), batch_size=(2, 2**63), image_size=(8, 2048), patch_size=(1, 2048))
-    for key, (least, most) in (limits | dict(lr=(1e-12, 2**63), seed=(0, 2**63))).items():
+    limits |= dict(lr=(1e-12, 2**63), seed=(0, 2**63))
+    for key, (least, most) in limits.items():
         if not least <= getattr(args, key) <= most:
             bound = f"at least {least}" if getattr(args, key) < least else f"at most {most}"
             fail(f"--{key.replace('_', '-')} must be {bound}, not {getattr(args, key)}")
     if args.held_out is not None and not 0 < args.held_out < 1:
         fail(f"--held-out must lie between 0 and 1, not {args.held_out}")
     try:
-        beta_at(args.schedule, 0, args.epochs, args.beta, args.guide_epochs)
+        beta_of(args, 0)
         with torch.device("meta"):  # sizes are checked, and no memory is taken
             build(args.model, 2, args.image_size, args.patch_size)
     except ValueError as error:
@@ -167,11 +170,15 @@ def of_teacher(args, recipes):
     holds a command that makes it again."""
     argv = [f"--{key}={getattr(args, key)}" for key in ("recipe", "dataset", "seed")]
     argv.append(f"--model={args.teacher}")
-    for key in ("data", "classes", "held_out", "device"):
-        if getattr(args, key) not in (None, "data", "auto") and (key, args.dataset) != ("data", "glyphs"):
+    defaults = dict(data="data", classes=None, held_out=None, device="auto")
+    if args.dataset == "glyphs":
+        del defaults["data"]  # it has no effect there, which would be noted
+    for key, default in defaults.items():
+        if getattr(args, key) != default:
             argv.append(f"--{key.replace('_', '-')}={getattr(args, key)}")
-    argv += [f"--{'' if args.amp else 'no-'}amp"] if args.amp is not None else []
-    argv += [f"--{'' if args.compile else 'no-'}compile"] if args.compile is not None else []
+    for key in ("amp", "compile"):
+        if getattr(args, key) is not None:
+            argv.append(f"--{key}" if getattr(args, key) else f"--no-{key}")
     return parse(argv, recipes)
 
 

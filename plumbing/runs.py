@@ -23,7 +23,7 @@ import torchvision
 from augment import batches
 from guidance import beta_at
 from model import TRANSFORMERS
-from plumbing.devices import to_device
+from plumbing.devices import synchronize, to_device
 from plumbing.files import InputError, explained, read_tensors, write_tensors, write_whole
 from teacher import CNNS, load_teacher
 
@@ -47,14 +47,17 @@ def load_checkpoint(path):
     """What `Folder.save` saved, as a dictionary on the CPU."""
     state, problem = read_tensors(path), f"{path} was made by another version of train.py, or is no last.pt"
     with explained(problem, "choose another, or train it again"):
-        for keys, part in (
-            ("model projections optimizer scheduler scaler generator guiding adaptive history origin", state),
-            ("model dataset data classes image_size patch_size epochs teacher", state["args"]),
-            ("dataset num_classes class_names train test held_out side", state["data"]),
-        ):
-            if missing := set(keys.split()).difference(part):
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        parts = "model projections optimizer scheduler scaler generator guiding adaptive history origin"
+        require(parts, state)
+        require("model dataset data classes image_size patch_size epochs teacher", state["args"])
+        require("dataset num_classes class_names train test held_out side", state["data"])
     return state
+
+
+def require(keys, part):
+    """Refuses a dictionary that lacks one of the keys, which stand in one string."""
+    if missing := set(keys.split()).difference(part):
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
 
 
 def is_finished(path):
@@ -63,16 +66,6 @@ def is_finished(path):
         return False
     state = load_checkpoint(path)
     return len(state["history"]) == state["args"]["epochs"]
-
-
-def note_length(path, epochs):
-    """Says so where a teacher was trained, by hand, for a number of epochs that is not the recipe's."""
-    trained = len(load_checkpoint(path)["history"])
-    if trained != epochs:
-        print(
-            f"note: the teacher in {path.parent} was trained for {trained} epochs, not for the recipe's {epochs}; "
-            "remove that folder to have it trained anew"
-        )
 
 
 def restore(path):
@@ -106,15 +99,13 @@ def initialise(network, path):
 
 def check_data(path, was, data, but_for=()):
     """Refuses a checkpoint that was trained on other data than these, and says what differs."""
-    now, valued = describe(data), ("dataset", "num_classes", "held_out")
-    words = dict(dataset="data set", num_classes="number of classes", class_names="classes")
-    words |= dict(held_out="part held out", train="training images", test="test images")
-    other = [
-        f"{word} ({was[key]}, now {now[key]})" if key in valued else word
-        for key, word in words.items()
-        if was.get(key) != now.get(key) and key not in but_for
-    ]
-    if other:
+    now = describe(data)
+    words = dict(dataset="data set ({}, now {})", num_classes="number of classes ({}, now {})")
+    words |= dict(class_names="classes", held_out="part held out ({}, now {})")
+    words |= dict(train="training images", test="test images")
+    differ = [key for key in words if was[key] != now.get(key) and key not in but_for]
+    if differ:
+        other = [words[key].format(was[key], now[key]) for key in differ]
         raise InputError(
             f"{path} was trained on other data; what differs: {', '.join(other)}. Choose another "
             "checkpoint, or the --data it was trained on"
@@ -180,15 +171,17 @@ def check_options(args, last):
     if not begun:
         raise InputError(f"there is nothing to resume in {args.out}: check --out, or leave --resume out")
     free = ["resume", "out", "data", "device", "compile", "command"]
-    free += ["teacher"] * (args.teacher not in CNNS)  # a file, which may have been moved
+    if args.teacher not in CNNS:  # a file, which may have been moved
+        free.append("teacher")
     other = [
         f"{key} was {value}, is {getattr(args, key, None)}"
         for key, value in begun.items()
         if value != getattr(args, key, None) and key not in free
     ]
     if other:
-        longer = f", or start a longer run from its weights with --init {last}"
-        longer *= last.exists() and begun.get("epochs") != args.epochs
+        longer = ""
+        if last.exists() and begun.get("epochs") != args.epochs:
+            longer = f", or start a longer run from its weights with --init {last}"
         raise InputError(
             f"the run in {args.out} was made with other options: {'; '.join(other)}; choose the same{longer}"
         )
@@ -199,7 +192,12 @@ def needs_teacher(args, state=None):
     epoch = len(state["history"]) if state else 0
     if epoch == args.epochs or state and not state["guiding"]:
         return False
-    return beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs) > 0  # it never rises
+    return beta_of(args, epoch) > 0  # it never rises
+
+
+def beta_of(args, epoch):
+    """beta in an epoch of a run, unless AdaptiveStop has ended guidance."""
+    return beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs)
 
 
 def teacher_of(args, state):
@@ -258,9 +256,9 @@ class Folder:
         check_data(path, state["data"], data)
         with explained(f"the teacher {path} cannot guide", "choose another --teacher"):
             teacher = load_teacher(state)
-        self.origin |= dict(teacher=str(path), teacher_crc=weights_crc(state))
-        self.origin |= dict(teacher_model=state["args"]["model"], teacher_epochs=len(state["history"]))
-        self.origin |= dict(teacher_command=state["origin"]["command"])
+        about = dict(teacher_model=state["args"]["model"], teacher_epochs=len(state["history"]))
+        about |= dict(teacher_crc=weights_crc(state), teacher_command=state["origin"]["command"])
+        self.origin |= dict(teacher=str(path)) | about
         return teacher
 
     def accept_teacher(self, confusion, data):
@@ -304,16 +302,18 @@ class Folder:
             self.origin |= dict(guidance_scale=training.projections.scale.item())
             unit = self.origin["guidance_scale"]
             print(f"unit of the guidance loss: {unit:.4g}, the mean square of the teacher's maps")
-        unused, took, left = images % batch_size, "", steps * (args.epochs - len(training.history))
+        steps_told = f"{args.epochs} epochs of {steps} steps of {batch_size} images"
+        if (unused := images % batch_size) > images / 20:
+            steps_told += f", which leaves out {unused} images of each epoch"
+        left = steps * (args.epochs - len(training.history))
         if left and args.model in CNNS:  # as an automatic teacher is, which somebody may not have expected
-            seconds = round(left * seconds_a_step(args, data, batch_size, precision))
-            took = f"; this takes about {timedelta(seconds=seconds)}"
+            seconds = left * seconds_a_step(args, data, batch_size, precision)
+            steps_told += f"; this takes about {timedelta(seconds=round(seconds))}"
         print(
             f"data: {args.dataset}, {images} training and {len(data.x_test)} {measured_on(data)} images of "
             f"{data.x_train.shape[-1]} px, {data.num_classes} classes{imbalance(data)}\n"
             f"model: {args.model} at {args.image_size} px, {parameters:,} parameters\n"
-            f"training: {args.epochs} epochs of {steps} steps of {batch_size} images"
-            f"{f', which leaves out {unused} images of each epoch' if 20 * unused > images else ''}{took}\n"
+            f"training: {steps_told}\n"
             f"device: {device_in_words}\n"
             f"guidance: {guidance_in_words(args)}\n"
             f"log and checkpoint: {args.out}",
@@ -347,7 +347,7 @@ def seconds_a_step(args, data, batch_size, precision):
             with precision.autocast:
                 loss = F.cross_entropy(network(images)[0], labels)
             loss.backward()
-            loss.item()  # which waits for a GPU
+        synchronize(device)
     return (time.perf_counter() - started) * batch_size / few
 
 
@@ -365,11 +365,10 @@ def accuracies(confusion):
 def imbalance(data):
     """In words, where there are more than twice as many training images of one class as of another."""
     counts = data.y_train.bincount(minlength=data.num_classes).tolist()
-    if max(counts) <= 2 * min(counts):
+    least, most, names = min(counts), max(counts), data.about["class_names"]
+    if most <= 2 * least:
         return ""
-    names = data.about["class_names"]
-    most, least = (f"{pick(counts)} of {names[counts.index(pick(counts))]!r}" for pick in (max, min))
-    return f" (from {least} to {most})"
+    return f" (from {least} of {names[counts.index(least)]!r} to {most} of {names[counts.index(most)]!r})"
 
 
 def origin_of(args, device):
@@ -389,14 +388,13 @@ def origin_of(args, device):
 
 def guidance_in_words(args):
     """The schedule of beta as a sentence."""
-    schedule = args.schedule, args.epochs, args.beta, args.guide_epochs
-    guided = sum(beta_at(schedule[0], epoch, *schedule[1:]) > 0 for epoch in range(args.epochs))
+    guided = sum(beta_of(args, epoch) > 0 for epoch in range(args.epochs))
     if not guided:
         return "none, plain cross-entropy; no teacher is called"
-    shape = "beta falls linearly from {:g} to 0" if args.schedule == "early" else "beta = {:g}"
+    shape = f"falls linearly from {args.beta:g} to 0" if args.schedule == "early" else f"= {args.beta:g}"
     until = ", or until AdaptiveStop ends it" if args.schedule == "adaptive" else ""
     rest = f"; from epoch {guided} on the teacher is not called" if guided < args.epochs else ""
-    return f"{shape.format(args.beta)} in epochs 0 to {guided - 1} of {args.epochs}{until}{rest}"
+    return f"beta {shape} in epochs 0 to {guided - 1} of {args.epochs}{until}{rest}"
 
 
 class Progress:
@@ -407,21 +405,18 @@ class Progress:
         self.started = time.perf_counter()
 
     def __iter__(self):
-        images = 0
         for step, batch in enumerate(self.batches):  # `step` of them have been trained on
-            if self.epoch == 0 and step in (1, 4):
-                if self.device.type != "cpu":
-                    torch.accelerator.synchronize(self.device)
-                if step == 1:
-                    warm = time.perf_counter()  # the first step also sets things up: it does not count
-                else:
-                    self.project((time.perf_counter() - warm) / 3)
+            if self.epoch == 0 and step == 1:
+                synchronize(self.device)
+                first = self.seconds()  # it also sets things up: it does not count
+            if self.epoch == 0 and step == 4:
+                synchronize(self.device)
+                self.project((self.seconds() - first) / 3)
             if sys.stdout.isatty() and step:
-                speed = images / self.seconds()
+                speed = step * len(batch[1]) / self.seconds()
                 shown = f"epoch {self.epoch}, step {step} of {self.steps}: {speed:.0f} images/s"
                 print(shown, end="  \r", flush=True)
             yield batch
-            images += len(batch[1])
         if self.epoch == 0 and self.steps < 5:
             self.project(self.seconds() / self.steps)
 
@@ -489,7 +484,8 @@ def interruptible(args, processes):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if isinstance(reason, KeyboardInterrupt) and processes.rank == 0:
             words = [word for word in sys.argv if word != "--resume"]
-            words += ["--resume"] * Path(args.out, "log.jsonl").exists()
+            if Path(args.out, "log.jsonl").exists():
+                words.append("--resume")
             torchrun = ["torchrun", "--standalone", f"--nproc_per_node={processes.count}"]
             program = torchrun if processes.count > 1 else ["python"]
             print(f"\nstopped; to go on: {quoted(program + words)}", file=sys.stderr)

@@ -117,11 +117,6 @@ def test_without_times_there_are_none(plot, figures, tmp_path, monkeypatch):
     assert not re.search("minutes|seconds", (tmp_path / "table.md").read_text()) and "time.png" not in figures
 
 
-def test_wrong_options_end_in_one_line(plot, monkeypatch):
-    with pytest.raises(SystemExit, match="error: .*required.*; see python plot.py --help"):
-        run_plot(plot, monkeypatch, "--unknown")
-
-
 def test_runs_of_teachers_of_another_network_or_length_are_not_pooled(plot, tmp_path):
     for seed, (network, length) in enumerate(
         (("resnet8", 30), ("resnet8", 30), ("resnet20", 30), ("resnet8", 5))
@@ -228,17 +223,6 @@ def test_the_thresholds_of_t_leave_a_twentieth_outside(plot):
         assert np.sum((density[1:] + density[:-1]) / 2 * np.diff(x)) == pytest.approx(0.95, abs=5e-5)
 
 
-def test_the_tables_come_in_order_in_one_file(plot, figures, tmp_path, monkeypatch):
-    for seed in range(2):
-        for schedule in ("none", "early"):
-            write_run(tmp_path / f"{schedule}{seed}.jsonl", [1, 2, 3 + seed], schedule=schedule, seed=seed)
-    run_plot(plot, monkeypatch, *tmp_path.glob("*.jsonl"), "--out", tmp_path)
-    rows = plot.read_rows(tmp_path.glob("*.jsonl"))
-    text = (tmp_path / "table.md").read_text()
-    assert text == "\n".join((plot.table(rows), plot.why(rows), plot.paired(rows)))
-    assert text.count("\n\n|") == 2  # Markdown wants an empty line between tables
-
-
 # --------------------------------------------------------------------------- which runs share a table
 
 
@@ -337,20 +321,13 @@ def test_tables_and_figures_say_that_accuracy_was_measured_on_held_out_images(
 
 
 @pytest.mark.parametrize(
-    "logs, folder, values",
-    [
-        ("cifar100-20classes",) * 2 + (["36.35 ± 1.86", "63.53 ± 0.33", "59.53 ± 0.53", "63.20", "60.00"],),
-        ("glyphs", "glyphs", ["24.20 ± 2.71", "97.17 ± 0.47", "94.13 ± 0.71", "99.80 ± 0.35"]),
-        ("claim/choose", "claim", ["63.00", "61.45", "64.15", "63.25", "47.75"]),
-    ],
+    "logs, folder", [("cifar100-20classes",) * 2, ("glyphs",) * 2, ("claim/choose", "claim")]
 )
 def test_the_committed_tables_are_what_plot_makes_of_the_committed_logs(
-    plot, figures, tmp_path, monkeypatch, logs, folder, values
+    plot, figures, tmp_path, monkeypatch, logs, folder
 ):
     run_plot(plot, monkeypatch, *(HERE / "results" / logs).glob("*.jsonl"), "--out", tmp_path, "--untimed")
-    text = (tmp_path / "table.md").read_text()
-    assert text == (HERE / "figures" / folder / "table.md").read_text()
-    assert [row[1] for row in cells(text)[1 : 1 + len(values)]] == values  # by hand
+    assert (tmp_path / "table.md").read_text() == (HERE / "figures" / folder / "table.md").read_text()
     assert {"accuracy.png", "losses.png"} <= figures.keys()
 
 
@@ -475,21 +452,18 @@ def test_gain_has_a_point_for_every_two_runs_of_one_seed_and_teacher(plot, figur
     assert not figures and capsys.readouterr().out.startswith("no gain.png: it takes three pairs")
 
 
-def test_long_legends_leave_room_for_the_curves(plot, tmp_path, monkeypatch):
-    for beta in range(1, 13):
-        args = dict(beta=float(beta), guide_epochs=beta, schedule="early", augment=f"{beta}" * 20)
-        write_run(tmp_path / f"{beta}.jsonl", [1, 2, 3], **args)
-    drawn = []
-    monkeypatch.setattr(plot, "write_whole", lambda path, save: save(path))
-    monkeypatch.setattr(
-        plot, "subplots", lambda *args, make=plot.subplots: drawn.append(make(*args)) or drawn[-1]
-    )
-    plot.draw_curves(plot.read_rows(tmp_path.glob("*.jsonl")), tmp_path, timed=False)
-    figure, [[axes]] = drawn[0]
-    box, legend = axes.get_window_extent(), figure.legends[0].get_window_extent()
-    width, height = figure.get_size_inches() * figure.dpi
-    assert box.width > 3 * figure.dpi and box.height > 2.5 * figure.dpi
-    assert 0 <= legend.x0 and legend.x1 <= width and legend.y1 <= box.y0
+def test_long_legends_stand_beneath_the_curves_and_are_not_cut_off(plot, tmp_path):
+    sizes = []
+    for rows, length in ((1, 1), (12, 20)):
+        for beta in range(1, rows + 1):
+            args = dict(beta=float(beta), guide_epochs=beta, schedule="early", augment=f"{beta}" * length)
+            write_run(tmp_path / f"{beta}.jsonl", [1, 2, 3], **args)
+        drawn = plot.read_rows(tmp_path.glob("*.jsonl"))
+        plot.draw_curves(drawn, dict(val_acc="%"), tmp_path / "a.png")
+        with Image.open(tmp_path / "a.png") as picture:
+            sizes.append(picture.size)
+    letter = 6  # pixels, at least, of 10 points at 150 dots an inch
+    assert sizes[1][0] > letter * max(map(len, drawn)) and sizes[1][1] > sizes[0][1] + 11 * 20
 
 
 def test_confusion_shows_true_classes_in_rows_as_shares_with_their_counts(plot, figures, tmp_path):

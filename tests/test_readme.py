@@ -83,13 +83,11 @@ def test_the_tables_of_the_readme_are_those_of_the_logs():
         assert f"| {word} | {' | '.join(values)} |" in README
 
 
-def test_the_tables_of_the_evidence_are_what_plot_makes_of_the_committed_logs():
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed; .ci/run installs it")
-    import plot
-
-    for logs, figures in (("cifar100-20classes",) * 2, ("glyphs",) * 2, ("claim/choose", "claim")):
-        table = plot.table(plot.read_rows((HERE / "results" / logs).glob("*.jsonl")), timed=False).strip()
-        assert table in EVIDENCE and table in (HERE / "figures" / figures / "table.md").read_text()
+def test_the_tables_of_the_evidence_are_those_that_plot_has_made():
+    """The first of each file, with its machines; test_plot.py holds the files to the committed logs."""
+    for folder in ("cifar100-20classes", "glyphs", "claim"):
+        text = (HERE / "figures" / folder / "table.md").read_text()
+        assert "\n\n".join(text.split("\n\n")[:2]) in EVIDENCE
 
 
 def easy_tree(root):
