@@ -297,11 +297,12 @@ def draw_strength(rows, out):
         axes.plot(points.keys(), means, **looks[label], label=label)
         each = [(beta, run.last()) for beta, runs in points.items() for run in runs]
         axes.plot(*zip(*each), ".", color=looks[label]["color"], alpha=0.5)
-    if name := alone(chosen[0], rows):
-        axes.axhline(mean(map(Run.last, rows[name])), color="black", linestyle=":", label=name)
     teachers = {run.args["seed"]: run.origin["teacher_acc"] for run in chosen}.values()  # one for each seed
-    name = f"the teacher, {chosen[0].origin.get('teacher_model') or 'a CNN'}"
-    axes.axhline(mean(teachers), color="grey", linewidth=1, label=name)
+    beside = {f"the teacher, {chosen[0].origin.get('teacher_model') or 'a CNN'}": mean(teachers)}
+    if name := alone(chosen[0], rows):
+        beside[name] = mean(map(Run.last, rows[name]))
+    for name, accuracy in beside.items():  # in words only: their lines, far below, would flatten the curves
+        axes.plot([], [], " ", label=f"{name}: {accuracy:.1f}")
     axes.set(xscale="log", xlabel="beta at the start (dots: single runs, lines: means)")
     axes.set(ylabel=f"{measured(rows)} after the last epoch, %")
     axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
@@ -338,7 +339,7 @@ def draw_gain(rows, out):
             axes.annotate(text, np.mean(gains, axis=0), xytext=(6, 6), textcoords="offset points", size=8)
     axes.axhline(0, color="grey", linewidth=1)
     axes.axvline(0, color="grey", linewidth=1)
-    axes.margins(0.12)
+    axes.margins(0.18)  # room for what stands beside the points
     axes.set(xlabel="gain in training accuracy, points", ylabel=f"gain in {measured(rows)}, points")
     save(figure, out / "gain.png", axes)
 

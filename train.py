@@ -145,6 +145,8 @@ def trained_teacher(args):
     path = Path(theirs.out, "last.pt")
     if path.parent.resolve() == Path(args.out).resolve():  # it would wait for itself
         raise InputError(f"{args.out} is the folder of the teacher: choose another --out")
+    if runs.is_finished(path):  # then its folder need not be writable
+        return path
     with runs.locked(path.parent, wait=True):  # another run may be training it
         if not runs.is_finished(path):
             theirs.resume = path.exists()

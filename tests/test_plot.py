@@ -396,11 +396,11 @@ def test_strength_shows_accuracy_by_beta_of_rows_that_differ_in_nothing_else(plo
         "+ constant guidance": [[3, 42], [30, 52]],
         "+ early guidance": [[30, 62]],
         "+ early guidance for 2 epochs": [[30, 72]],
-        "deit_tiny alone": [[0, 20.5], [1, 20.5]],  # across the figure
-        "the teacher, resnet8": [[0, 61.5], [1, 61.5]],  # of both seeds
+        "deit_tiny alone: 20.5": [],
+        "the teacher, resnet8: 61.5": [],  # of both seeds
     }
-    looks = {(line.get_linestyle(), line.get_marker(), str(line.get_color())) for line in labelled.values()}
-    assert len(looks) == 5
+    looks = [(line.get_linestyle(), line.get_marker(), str(line.get_color())) for line in labelled.values()]
+    assert len(set(looks[:3])) == 3
     single = [line for line in axes.lines if line.get_marker() == "."]
     assert single[0].get_xydata().tolist() == [[3, 40], [3, 44], [30, 50], [30, 54]]
     figures.clear()

@@ -71,16 +71,18 @@ def test_the_tables_of_the_readme_are_those_of_the_logs():
         assert len(last) == 3
         cells.append(f"{np.mean(last):.2f} ± {np.std(last, ddof=1):.2f}")
     assert f"| `python train.py` | {' | '.join(cells)} |" in README
-    runs, heads = (
-        HERE / "results/claim/choose",
-        re.search(r"^\| accuracy, % \| (.+) \|$", README, re.MULTILINE),
-    )
-    logs = [heads.replace(", beta ", "-") for heads in heads[1].split(" | ")]
-    logs = ["resnet8" if log == "the teacher" else f"deit_mini-{log}" for log in logs]
-    assert sorted(logs) == sorted(path.stem.removesuffix("-seed0") for path in runs.glob("*.jsonl"))
-    for word, key in (("held-out", "val_acc"), ("training", "train_acc")):
-        values = [f"{records_of(runs / f'{log}-seed0.jsonl')[-1][key]:.2f}" for log in logs]
-        assert f"| {word} | {' | '.join(values)} |" in README
+
+    last = {path.stem: records_of(path)[-1] for path in (HERE / "results/claim/choose").glob("*.jsonl")}
+    rows = re.search(r"^\| accuracy, % \|(.+)\|\n.+\n((\| .+\n)+)", README, re.MULTILINE)
+    names = [re.sub(r"(\w+) (\d+)", r"deit_mini-\1-\2", name.strip()) for name in rows[1].split("|")]
+    shown = {}
+    for row in rows[2].splitlines():
+        images, seed, *values = re.fullmatch(r"\| ([\w-]+), seed (\d) \|(.+)\|", row).groups()
+        for name, value in zip(names, values[0].split("|"), strict=True):
+            if value.strip():
+                shown[images, f"{name.replace('the teacher', 'resnet8')}-seed{seed}"] = value.strip()
+    keys = {"held-out": "val_acc", "training": "train_acc"}
+    assert shown == {(word, run): f"{last[run][keys[word]]:.2f}" for run in last for word in keys}
 
 
 def test_the_tables_of_the_evidence_are_those_that_plot_has_made():
