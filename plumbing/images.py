@@ -174,7 +174,8 @@ def decode(listing):
     with ThreadPoolExecutor() as pool:
         side = min(STORED, int(np.median(list(pool.map(short_side, listing.splits["train"])))))
     paths = [path for pairs in listing.splits.values() for path, _ in pairs]
-    print(f"decoding {len(paths)} images of {some(listing.classes)} to {side} x {side} pixels, once")
+    names = some(map(repr, listing.classes))
+    print(f"decoding {len(paths)} images of {names} to {side} x {side} pixels, once")
     x, hashes = read_images(paths, side)
     result, start = {}, 0
     for split, pairs in listing.splits.items():

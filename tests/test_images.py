@@ -491,7 +491,7 @@ def test_the_stored_side_is_the_median_short_side_of_the_training_images_but_at_
             save(path, size=size)
         save(root / "train" / "bee" / "1.png", size=(1000, 1000))  # moves the mean, not the median
         arrays = decode(find_images(root))
-        told = f"decoding 5 images of ant, bee to {side} x {side} pixels, once\n"
+        told = f"decoding 5 images of 'ant', 'bee' to {side} x {side} pixels, once\n"
         assert capsys.readouterr().out == told
         for x, y, _ in arrays.values():
             assert x.shape[1:] == (side, side, 3) and x.dtype == np.uint8
