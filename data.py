@@ -6,7 +6,9 @@ these files; one without a list of files, such as a user's own, is used as it is
 
 import hashlib
 import json
+import os
 import random
+from http.client import HTTPException
 from itertools import compress, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from plumbing.files import InputError, explained, write_whole
 from plumbing.images import STORED, Listing, decode, find_images, stamps
 
 CLASSES = {"glyphs": 10, "cifar10": 10, "cifar100": 100, "flowers": 102, "chaoyang": 4, "folder": None}
+PARTS = ("train", "test", "other")
 ARCHIVES = {
     "cifar10": "cifar-10-python.tar.gz",
     "cifar100": "cifar-100-python.tar.gz",
@@ -62,7 +65,7 @@ class Source(NamedTuple):
 
     parts: dict
     class_names: list
-    files: list | None = None  # "split/class/name size time" of every image, part by part
+    files: list | None = None  # the `stamps` of the images, part by part
 
 
 def load(name, root="data", classes=None, device="cpu", held_out=None, split="test"):
@@ -93,7 +96,7 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
         parts["test"] = parts["train"].only(fifth, ", a fifth")
         parts["train"] = parts["train"].only(~fifth, ", four fifths")
     if split not in parts:
-        raise InputError(f"{root} has no second split: leave --split out")
+        raise InputError(f"{root} has no test/ beside a val/, no second split: leave --split out")
     train, test = (parts[key].only(parts[key].y < len(class_names)) for key in ("train", split))
     if not (len(train.y) and len(test.y)):
         raise InputError(f"{name} has no image of the first {classes} classes; choose more classes")
@@ -107,7 +110,7 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
     tensors = [
         tensor.contiguous().to(device)
         for x, y, *_ in (train, test)
-        for tensor in (torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(y).long())
+        for tensor in (torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(y))
     ]
     return Data(*tensors, len(class_names), about, test.names)
 
@@ -151,7 +154,7 @@ def open_source(name, root):
     if source and (listing is None or source.files == stamps(listing)):
         return source
     if listing:  # val/ measures; test/ beside it is left for later
-        splits, files = decode(listing), stamps(listing)
+        files, splits = stamps(listing), decode(listing)  # in this order, as a file may change meanwhile
         roles = dict(train="train", val="test", test="other")
         arrays = {roles[split]: (x, y) for split, (x, y, _) in splits.items()}
         digests = [digest for *_, digest in splits.values()]
@@ -164,12 +167,10 @@ def open_source(name, root):
 
 def make_parts(arrays, digests=None, files=None):
     """The parts of a `Source`, of {part: (x, y)}. Without digests of files the arrays are known by their own."""
-    names, parts = iter([line.rsplit(" ", 2)[0] for line in files or []]), {}
-    digests = digests or [
-        hashlib.sha256(x.tobytes() + y.astype(np.int64).tobytes()).hexdigest()[:16]
-        for x, y in arrays.values()
-    ]
-    for (part, (x, y)), digest in zip(arrays.items(), digests):
+    names, parts = iter([line.split("\0")[0] for line in files or []]), {}
+    for i, (part, (x, y)) in enumerate(arrays.items()):
+        y = y.astype(np.int64)  # from any kind of integer
+        digest = digests[i] if digests else hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()[:16]
         numbers = map(str, range(len(y)))
         parts[part] = Part(x, y, digest, list(islice(names if files else numbers, len(y))))
     return parts
@@ -177,18 +178,21 @@ def make_parts(arrays, digests=None, files=None):
 
 def read_cache(path, name):
     """The `Source` in an .npz file, checked, or None if there is none."""
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     try:
         with np.load(path, allow_pickle=False) as file:  # a pickle could run anything
-            parts = ["train", *(part for part in ("test", "other") if f"x_{part}" in file)]
-            arrays = {part: (file[f"x_{part}"], file[f"y_{part}"]) for part in parts}
-            known = {key: file[key].tolist() for key in ("class_names", "digests", "files") if key in file}
+            given = {"train"} | {key[2:] for key in file if key.startswith(("x_", "y_"))}
+            if odd := given.difference(PARTS):
+                raise ValueError(f"its parts may be {', '.join(PARTS)}, not {', '.join(sorted(odd))}")
+            arrays = {part: (file[f"x_{part}"], file[f"y_{part}"]) for part in PARTS if part in given}
+            known = ("class_names", "digests", "files")
+            known = [file[key].astype(str).tolist() if key in file else None for key in known]
     except MemoryError as error:
         raise InputError(f"{path} does not fit into memory ({error}); free some, or delete it") from error
     except Exception as error:  # damaged, pickled, no zip file: numpy raises many things
         raise InputError(f"{path} is no usable cache ({error}); delete it to have it made again") from error
-    class_names, digests, files = (known.get(key) for key in ("class_names", "digests", "files"))
+    class_names, digests, files = known
     num_classes = check(arrays, CLASSES[name] or class_names and len(class_names), path)
     class_names = class_names or [f"class {k}" for k in range(num_classes)]
     if len(class_names) != num_classes or len(digests or arrays) != len(arrays):
@@ -216,7 +220,7 @@ def check(arrays, num_classes, source):
     (first, labels), *_ = arrays = list(arrays.values())
     for x, y in arrays:
         square = x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (*first.shape[1:2] * 2, 3)
-        if not (square and len(x) and y.shape == x.shape[:1] and y.dtype.kind in "iu"):
+        if not (square and x.size and y.shape == x.shape[:1] and y.dtype.kind in "iu"):
             problem = f"images {x.dtype} {x.shape} with labels {y.dtype} {y.shape}"
         else:
             num_classes = num_classes or int(y.max()) + 1
@@ -257,21 +261,17 @@ def flowers(root):
 
 def fetch(make, root, name, part):
     """A torchvision data set, downloaded unless its archive is in `root` already."""
+    archive = Path(root) / ARCHIVES[name]
     try:
         return make(root, part, download=True)
     except ModuleNotFoundError as error:
         raise InputError(f"torchvision reads {name} with {error.name}: pip install {error.name}") from error
-    except (OSError, RuntimeError, EOFError) as error:
-        archive = Path(root) / ARCHIVES[name]
-        if archive.exists():  # torchvision would have opened it
-            raise InputError(
-                f"{archive} is damaged, perhaps half a download ({error}); delete it, and fetch it "
-                "again or run the same command again"
-            ) from error
-        raise InputError(
-            f"cannot fetch {name} ({error}); put its archive {archive.name}, or a cache {name}.npz "
-            f"(see the README), into {root} and run the same command again"
-        ) from error
+    except (OSError, RuntimeError, EOFError, HTTPException) as error:
+        problem = f"cannot fetch {name} ({error}); put its archive {archive.name}, or a cache {name}.npz "
+        problem += f"(see the README), into {root}"
+        if os.path.exists(archive):  # torchvision would have opened it
+            problem = f"{archive} is damaged, perhaps half a download ({error}); delete it, perhaps fetch it"
+        raise InputError(f"{problem}, and run the same command again") from error
 
 
 def chaoyang(root):

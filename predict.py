@@ -40,7 +40,7 @@ def open_images(patterns, side):
     """Files, also as patterns such as *.jpg -> their paths, and uint8 images (N, 3, side, side)."""
     paths = []
     for pattern in patterns:  # cmd and PowerShell leave patterns to the program
-        names = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
+        names = glob.glob(glob.escape(pattern)) or sorted(glob.glob(pattern))
         found = [Path(name) for name in names if Path(name).is_file()]
         paths += found
         if not found:
@@ -93,7 +93,7 @@ def parse(argv=None):
     add("--csv", metavar="FILE", help="write image, truth, prediction, probability")
     add("--figure", metavar="FILE", help="draw the confusion matrix (needs matplotlib)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # images may stand behind options
     if args.images and (args.figure or args.split):
         parser.error("--figure and --split are about a data set: name no images with them")
     if args.top is not None and args.top < 1:
@@ -110,8 +110,7 @@ def main():
     if args.figure:  # before anything is computed
         from plot import confusion as draw  # which needs matplotlib
     model, state = restore(args.checkpoint)
-    theirs, about = state["args"], state["data"]
-    names = about["class_names"]
+    theirs, about, names = state["args"], state["data"], state["data"]["class_names"]
     device, precision, _ = pick_device(args.device, None)
     model = to_device(model, device)
     if args.images:
@@ -131,7 +130,8 @@ def main():
         print(f"{args.checkpoint}: {theirs['model']}, {len(state['history'])} epochs, on {len(truth)} images")
         tell_by_class(confusion, names)
         if args.figure:
-            draw(confusion.numpy(), names, Path(args.figure))
+            shown = [name.encode("utf-8", "replace").decode() for name in names]  # ? for what is no character
+            draw(confusion.numpy(), shown, Path(args.figure))
     if args.csv:
         write_csv(args.csv, paths, truth, [names[k] for k in found.argmax(dim=1).tolist()], found)
 

@@ -42,7 +42,7 @@ def write_whole(path, save):
     """
     path = Path(path)
     ours = f"{path.name}.{platform.node()}"  # other machines may share the folder
-    partial = path.with_name(f"{ours}.{os.getpid()}.partial")
+    partial = path.parent / f"{ours}.{os.getpid()}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f"{glob.escape(ours)}.*.partial"):
@@ -89,7 +89,7 @@ def read_tensors(path):
     Raises:
         InputError: there is no such file, or it is damaged or something else, or does not fit into memory.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # which raises nothing, whatever the name is
         raise InputError(f"there is no file {path}: check the name, or train it first")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -19,6 +19,8 @@ STORED = 256  # pixels: photographs are stored no larger
 LAYOUT = "--data must hold train/<class>/* and val/<class>/* images, or just <class>/*"
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
+TAILS = [gap + end for gap in ("", "_", "-", " ") for end in ("set", "data", "images")]  # as in test_set
+SPLITS |= {name + tail: split for name, split in SPLITS.items() for tail in TAILS}
 Image.init()  # all readers but those that decode nothing, and EPS's, which starts Ghostscript; MPO is a JPEG
 FORMATS = [name for name in Image.OPEN if name not in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")]
 ENDINGS = {end for end, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
@@ -41,31 +43,39 @@ def find_images(root):
     """Lists the images of train/<class>/* with val/ or test/ beside it, or of just <class>/*; opens none.
     InputError: no such layout, fewer than two classes, or splits of different classes."""
     top, rows = unpacked(Path(root))
-    notes = [f"using {top}, the only folder in {root}"] if top != Path(root) else []
+    notes = [f"using {top}, the only folder with images in {root}"] if top != Path(root) else []
     folders = find_splits(top, rows, notes)
     if not folders:  # the class folders lie in `top` itself
         folders, rows = {"train": top}, [((top.name, *parts), path) for parts, path in rows]
     split_of = {folder.name: split for split, folder in folders.items()}
     images = {split: {} for split in folders}  # split -> class name -> paths
-    left_out, lost = Counter(), []
+    left_out, lost, inner = Counter(), [], set()
     for parts, path in rows:  # split, class, perhaps sub-folders, file
         split, ending = split_of.get(parts[0]), path.suffix.lower()
         if split and len(parts) > 2:
             paths = images[split].setdefault(parts[1], [])
             if ending in ENDINGS:
                 paths.append(path)
-            elif not path.is_dir():
+                inner |= {parts[1:-1]} if len(parts) > 3 else set()
+            elif not os.path.isdir(path):
                 left_out[ascii(ending)[1:-1] or "without an ending"] += 1
-        elif split and not path.is_file():
+        elif split and not os.path.isfile(path):
             lost.append(path)
         elif ending in ENDINGS:
             left_out[f"images loose in {path.parent}"] += 1
     if lost:
         raise InputError(f"{some(lost)}: an empty folder, or a link that leads nowhere; fill or remove it")
-    kinds = some(f"{n} {kind}" for kind, n in left_out.most_common())
-    notes += (
-        [f"left out: {kinds} (used: files that Pillow reads, in a folder for each class)"] if kinds else []
-    )
+    names, inner = set().union(*images.values()), sorted(inner)
+    odd = [
+        place for place in inner if any(f.casefold() in SPLITS or f in names - {place[0]} for f in place[1:])
+    ]
+    if odd:
+        places = some(map("/".join, odd))
+        raise InputError(f"{top} holds splits or classes inside of other classes: {places}; {LAYOUT}")
+    if inner:
+        notes.append(f"sub-folders count to their class: {some(map('/'.join, inner))}")
+    if kinds := some(f"{n} {kind}" for kind, n in left_out.most_common()):
+        notes.append(f"left out: {kinds} (used: files that Pillow reads, in a folder for each class)")
     classes = check_classes(folders, images, notes)
     splits = [split for split in ("train", "val", "test") if split in folders]
     splits = {s: [(path, y) for y, name in enumerate(classes) for path in images[s][name]] for s in splits}
@@ -93,7 +103,7 @@ def find_splits(top, rows, notes):
     for parts, path in rows:
         split = SPLITS.get(parts[0].casefold())
         loose = len(parts) < (3 if split == "test" else 2)  # in test/ without class folders, as Kaggle has it
-        if split and not (loose and path.is_file()):
+        if split and not (loose and os.path.isfile(path)):
             if found.setdefault(split, top / parts[0]).name != parts[0]:
                 raise InputError(f"{top} holds both {found[split].name}/ and {parts[0]}/; keep one of them")
     if found and "train" not in found:
@@ -112,12 +122,13 @@ def unpacked(root):
         rows = [(path.relative_to(root).parts, path) for path in walk(root, set(root.resolve().parents))]
     except OSError as error:
         raise InputError(f"cannot list {error.filename} ({error.strerror}); {LAYOUT}") from error
-    for _ in range(3):
-        heads = {parts[0] for parts, _ in rows if len(parts) > 1}
-        is_class = any(len(parts) == 2 and path.suffix.lower() in ENDINGS for parts, path in rows)
-        if len(heads) != 1 or is_class or min(heads).casefold() in SPLITS:
+    for _ in range(3):  # beside it there may be annotations, lists, licences
+        images = [parts for parts, path in rows if path.suffix.lower() in ENDINGS and len(parts) > 1]
+        heads, is_class = {parts[0] for parts in images}, any(len(parts) == 2 for parts in images)
+        if len(heads) != 1 or is_class or any(parts[0].casefold() in SPLITS for parts, _ in rows):
             break
-        root, rows = root / heads.pop(), [(parts[1:], path) for parts, path in rows if len(parts) > 1]
+        root /= min(heads)
+        rows = [(parts[1:], path) for parts, path in rows if parts[0] in heads and len(parts) > 1]
     return root, [row for row in rows if row[0]]  # an empty root is no row
 
 
@@ -136,12 +147,16 @@ def some(items, most=5):
 
 
 def stamps(listing):
-    """Each file that `decode` reads as "split/class/name size time": a cache is good for just these files."""
+    """A line for each file that `decode` reads, its place in the folder first: a cache is good for just these files.
+    An exchange of two files, or folders, of the same sizes and times shows in the number or change time of a file."""
     lines = []
     for split, pairs in listing.splits.items():
         for path, y in pairs:
-            stat = path.stat() if path.exists() else path.lstat()  # of a link's target, where there is one
-            lines.append(f"{split}/{listing.classes[y]}/{path.name} {stat.st_size} {stat.st_mtime_ns}")
+            known = [path.relative_to(listing.root).as_posix(), split, listing.classes[y]]
+            if os.path.exists(path):  # else `decode` refuses it
+                stat = path.stat()  # of a link's target
+                known += [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+            lines.append("\0".join(map(str, known)))
     return lines
 
 
@@ -159,7 +174,8 @@ def decode(listing):
     with ThreadPoolExecutor() as pool:
         side = min(STORED, int(np.median(list(pool.map(short_side, listing.splits["train"])))))
     paths = [path for pairs in listing.splits.values() for path, _ in pairs]
-    print(f"decoding {len(paths)} images to {side} x {side} pixels, once")
+    names = some(map(repr, listing.classes))
+    print(f"decoding {len(paths)} images of {names} to {side} x {side} pixels, once")
     x, hashes = read_images(paths, side)
     result, start = {}, 0
     for split, pairs in listing.splits.items():

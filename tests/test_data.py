@@ -1,5 +1,6 @@
 """Data sets and their caches. What makes a folder of images out of anybody's files is in test_images.py."""
 
+import http.client
 import json
 import os
 import shutil
@@ -69,6 +70,19 @@ def test_a_cache_of_ones_own_is_used_as_it_is_beside_no_images_at_all(tmp_path):
     assert np.array_equal(loaded.x_test.permute(0, 2, 3, 1).numpy(), arrays["x_test"])
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint64", "int16", ">i4"])
+def test_labels_may_be_integers_of_any_kind_and_names_of_classes_anything_that_has_a_name(tmp_path, kind):
+    names = dict(uint8=[b"cat %d" % i for i in range(10)], int16=np.arange(10) + 1990)
+    labels = dict(y_train=np.arange(20).astype(kind) % 10, y_test=np.arange(10).astype(kind))
+    small_cache(tmp_path / "folder.npz", class_names=names.get(kind), **labels)
+    loaded = load("folder", tmp_path)
+    assert loaded.y_train.dtype == torch.int64 and loaded.y_train.tolist() == [*range(10)] * 2
+    expected = dict(uint8="cat 3", int16="1993").get(kind, "class 3")
+    assert json.loads(json.dumps(loaded.about))["class_names"][3] == expected
+    small_cache(tmp_path / "cifar10.npz")
+    assert load("cifar10", tmp_path).about["train"] == loaded.about["train"]  # the same images and labels
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch executed",)
@@ -92,6 +106,10 @@ class Malicious:
         dict(y_train=np.array([Malicious()] * 20, dtype=object)),
         dict(class_names=["cat", "dog"]),
         dict(digests=["only one"]),
+        dict(x_test=None),
+        dict(x_val=np.zeros((10, 32, 32, 3), np.uint8), y_val=np.arange(10)),
+        dict(x_test=None, y_test=None, y_valid=np.arange(10)),
+        dict(x_train=np.zeros((20, 0, 0, 3), np.uint8), x_test=np.zeros((10, 0, 0, 3), np.uint8)),
     ],
     ids=lambda change: " ".join(f"{key} {getattr(value, 'shape', value)}" for key, value in change.items()),
 )
@@ -166,7 +184,13 @@ def test_cifar_and_flowers_come_from_torchvision_and_are_cached(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "error", [urllib.error.URLError("no network"), RuntimeError("File not found"), EOFError()]
+    "error",
+    [
+        urllib.error.URLError("no network"),
+        RuntimeError("File not found"),
+        EOFError(),
+        http.client.IncompleteRead(b"half"),
+    ],
 )
 def test_what_cannot_be_fetched_is_named_with_its_archive(tmp_path, monkeypatch, error):
     def fails(*args, **options):
@@ -228,6 +252,45 @@ def test_a_folder_is_decoded_once_and_again_when_a_file_changes(tmp_path, monkey
     os.utime(tmp_path / "val" / "cat" / "image 0.png", (0, 0))  # perhaps another image of the same size
     load("folder", tmp_path)
     assert len(decoded) == 3
+
+
+@pytest.mark.parametrize("exchanged", ["image 0.bmp", "."])
+def test_files_and_classes_of_the_same_sizes_and_times_are_not_exchanged_unnoticed(tmp_path, exchanged):
+    """Bitmaps are all of one size, and what `git archive` or a zip unpacks to is often all of one time."""
+    for name in ("cat", "mouse"):
+        save_images(tmp_path / "train" / name, suffix="bmp")
+        save_images(tmp_path / "val" / name, suffix="bmp")
+    for path in tmp_path.rglob("*.bmp"):
+        os.utime(path, (1, 1))
+    before = load("folder", tmp_path)
+    cat, mouse = (tmp_path / "train" / name / exchanged for name in ("cat", "mouse"))
+    cat.rename(tmp_path / "kept"), mouse.rename(cat), (tmp_path / "kept").rename(mouse)
+    after = load("folder", tmp_path)
+    assert not torch.equal(after.x_train, before.x_train)
+    assert after.about["train"] != before.about["train"] and after.about["test"] == before.about["test"]
+
+
+def test_a_file_that_changes_while_the_folder_is_decoded_is_decoded_again(tmp_path, monkeypatch):
+    small_tree(tmp_path)
+
+    def decode(listing, f=data.decode):
+        decoded = f(listing)
+        Image.new("RGB", (20, 20), "red").save(tmp_path / "train" / "cat" / "image 0.png")
+        return decoded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "decode", decode)
+        before = load("folder", tmp_path)
+    assert load("folder", tmp_path).about["train"] != before.about["train"]
+
+
+def test_images_are_named_by_their_places_in_the_folder(tmp_path):
+    for i, name in enumerate(("cat/2019", "cat/2020", "dog")):
+        for split in ("Train", "testing"):
+            save_images(tmp_path / split / name, 1, 20 + i)
+    names = [f"testing/{name}/image 0.png" for name in ("cat/2019", "cat/2020", "dog")]
+    for _ in range(2):  # decoded, then from the cache
+        assert load("folder", tmp_path).test_names == names
 
 
 def test_a_copy_of_a_folder_is_the_same_data_and_another_image_is_not(tmp_path):
@@ -296,7 +359,7 @@ def test_with_val_and_test_val_measures_and_test_is_left_for_later(tmp_path):
     assert len(first.x_test) == 6 and len(later.x_test) == 2 and torch.equal(first.x_train, later.x_train)
     assert later.test_names == ["test/cat/image 0.png", "test/dög/image 0.png"]
     assert not images_of(first.x_test) & images_of(later.x_test)
-    with pytest.raises(InputError, match="has no second split: leave --split out"):
+    with pytest.raises(InputError, match="no second split: leave --split out"):
         load("folder", small_tree(tmp_path / "another"), split="other")
 
 

@@ -76,7 +76,7 @@ def test_a_write_removes_what_dead_processes_left_of_this_file_and_nothing_else(
 def test_where_no_file_can_be_a_write_is_refused_with_the_next_action(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "file" / "last.pt", tmp_path / "folder"):
+    for path in (tmp_path / "file" / "last.pt", tmp_path / "folder", tmp_path / ("a" * 300), Path("."), ".."):
         with pytest.raises(InputError, match=f"cannot write {path} .*choose another folder"):
             write_whole(path, lambda file: file.write(b"text"))
     assert len(list(tmp_path.iterdir())) == 2 and not list((tmp_path / "folder").iterdir())
@@ -185,7 +185,7 @@ def test_what_is_no_file_of_tensors_is_refused_and_runs_nothing():
         with pytest.raises(InputError, match=f"^{name} is damaged or no checkpoint .*; train it again$"):
             read_tensors(name)
     assert not Path("executed").exists()
-    for name in ("absent.pt", "."):
+    for name in ("absent.pt", ".", "a" * 300):
         with pytest.raises(InputError, match="there is no file .*: check the name, or train it first"):
             read_tensors(name)
 

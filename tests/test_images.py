@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -66,6 +67,8 @@ TWO = {"ant": 2, "bee": 2}
         (["training", "validation"], ["train", "val"]),
         (["train", "test"], ["train", "val"]),
         (["TRAIN", "Testing"], ["train", "val"]),
+        (["training_set", "test_set"], ["train", "val"]),
+        (["Train data", "val-images", "testset"], ["train", "val", "test"]),
         (["train", "val", "test"], ["train", "val", "test"]),
         (["."], ["train"]),
     ],
@@ -77,7 +80,7 @@ def test_every_usual_layout_is_found(tmp_path, folders, splits):
     assert listing.splits["train"][0][0] == tmp_path / folders[0] / "ant" / "0.png"
     if "val" in splits:
         assert all(path.parts[-3] == folders[1] for path, _ in listing.splits["val"])
-    told = ["val/ measures the training; test/ is left for predict.py"] if "test" in splits else []
+    told = [f"{name}/ measures the training; {folders[-1]}/ is left for predict.py" for name in folders[1:-1]]
     assert listing.notes == told
 
 
@@ -89,7 +92,50 @@ def test_an_archive_unpacked_one_or_two_levels_deep_is_found_and_said(tmp_path):
         (root / "README.txt").write_text("about")
         listing = find_images(root)
         assert listing.root == inner and counts(listing)["train"] == TWO
-        assert listing.notes == [f"using {inner}, the only folder in {root}"]
+        assert listing.notes == [f"using {inner}, the only folder with images in {root}"]
+
+
+def test_images_are_found_beside_folders_of_something_else(tmp_path):
+    """As in Food-101, CUB-200 and Stanford Dogs; where one of them is named as a split, nothing is guessed."""
+    root = tree(tmp_path, ["images/Images"])
+    for name in ("annotations/Annotation/ant/0", "meta/classes.txt"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_text("about")
+    listing = find_images(root)
+    assert counts(listing) == {"train": TWO} and listing.root == root / "images" / "Images"
+    assert listing.notes == [f"using {listing.root}, the only folder with images in {root}"]
+    (root / "meta").rename(root / "train")
+    assert "no class folder with images" in refusal(root)
+
+
+@pytest.mark.parametrize(
+    "folders, inside",
+    [
+        (
+            ["cells", "cells/cells"],
+            "DIR/cells holds .*: cells/ant, cells/bee; --data",
+        ),  # twice in one archive
+        (["one", "two/images/TRAIN"], "DIR holds .*: two/images/TRAIN/ant, "),  # two data sets
+        (["one/train", "one/test", "two/train", "two/test"], "DIR holds .*: one/test/ant, "),
+        (["ant/train", "bee/train"], "DIR holds .*: ant/train/ant, "),  # splits of each class
+        (["train", "val", "train/ant/test"], "DIR holds .*: ant/test/ant, ant/test/bee; --data"),
+    ],
+    ids=str,
+)
+def test_data_sets_and_splits_inside_of_classes_are_refused(tmp_path, folders, inside):
+    """Their classes would be trained as one, in silence."""
+    told = refusal(tree(tmp_path, folders)).replace(str(tmp_path), "DIR")
+    assert re.match(inside.replace(".*", "splits or classes inside of other classes"), told)
+
+
+def test_other_sub_folders_count_to_their_class_which_is_said(tmp_path):
+    """Perhaps they are masks, or classes, and should not."""
+    for name in ("ant", "bee"):
+        tree(tmp_path / name, ["."], [name, "masks"])
+        (tmp_path / name / "empty").mkdir()
+    listing = find_images(tmp_path)
+    assert counts(listing) == {"train": {"ant": 4, "bee": 4}}
+    assert listing.notes == ["sub-folders count to their class: ant/ant, ant/masks, bee/bee, bee/masks"]
 
 
 def test_a_test_folder_without_labels_is_left_out_and_said(tmp_path):
@@ -188,14 +234,14 @@ def test_links_to_files_classes_and_splits_are_followed_and_their_targets_stampe
         old = stamps(find_images(root))
         save(target, (1, 2, 3), (9, 9))
         new = stamps(find_images(root))
-        changed = {line.split()[0] for line in set(old) ^ set(new)}
+        changed = {line.split("\0")[0] for line in set(old) ^ set(new)}
         assert (
             len(old) == len(new) == 9
             and len(changed) == 1
             and changed.pop().endswith(("link.png", target.name))
         )
-    assert stamps(find_images(root))[0].startswith("train/ant/0.png ")
-    for size, time in ((b"1", 1), (b"1", 2), (b"12", 2)):  # either alone tells a change
+    assert stamps(find_images(root))[0].startswith("train/ant/0.png\0train\0ant\0")
+    for size, time in ((b"1", 1), (b"1", 2), (b"12", 2), (b"2", 2)):  # each alone tells a change
         linked.write_bytes(size)
         os.utime(linked, (time, time))
         assert stamps(find_images(root)) not in (old, new)
@@ -239,7 +285,7 @@ def test_subfolders_of_a_class_count_and_a_folder_that_may_only_be_read_works(tm
     finally:
         [folder.chmod(0o755) for folder in folders]
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    assert find_images(root).notes == []
+    assert find_images(root).notes == ["sub-folders count to their class: ant/2019/may"]
 
 
 # ------------------------------------------------------------------------------------------- what is no image
@@ -445,7 +491,8 @@ def test_the_stored_side_is_the_median_short_side_of_the_training_images_but_at_
             save(path, size=size)
         save(root / "train" / "bee" / "1.png", size=(1000, 1000))  # moves the mean, not the median
         arrays = decode(find_images(root))
-        assert capsys.readouterr().out == f"decoding 5 images to {side} x {side} pixels, once\n"
+        told = f"decoding 5 images of 'ant', 'bee' to {side} x {side} pixels, once\n"
+        assert capsys.readouterr().out == told
         for x, y, _ in arrays.values():
             assert x.shape[1:] == (side, side, 3) and x.dtype == np.uint8
             assert y.tolist() in ([0, 1, 1], [0, 1]) and y.dtype == np.int64 and len(x) == len(y)

@@ -1,7 +1,9 @@
 """A trained network is used: what is in images, accuracy by class, first weights for another run, elsewhere."""
 
 import csv
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import command, records
+from conftest import HERE, command, records
 from PIL import Image
 from torch import nn
 
@@ -113,11 +115,34 @@ def test_options_without_effect_are_told(told):
     assert named.startswith("note: with images that are named, --data has no effect\n")
 
 
+def test_images_may_stand_before_and_behind_options(told):
+    ant, bee = "photos/val/ant/0.png", "photos/val/bee/0.png"
+    lines = told("run/last.pt", "--top", 1, ant, "--csv", "named.csv", bee).splitlines()
+    assert [line.split(":")[0] for line in lines] == [ant, bee, "named.csv"]
+    assert "ant" in lines[0] and "bee" not in lines[0].split(":")[1]
+
+
 def test_the_confusion_matrix_is_drawn(told, photos):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed; .ci/run installs it")
     told("run/last.pt", "--figure", "confusion.png")
     with Image.open(photos / "confusion.png") as picture:
         assert min(picture.size) > 200
+
+
+def test_names_of_any_bytes_are_told_written_and_drawn(photos, monkeypatch):
+    """A class folder that was named on another system; in a process of its own, as pytest reads UTF-8 only."""
+    monkeypatch.chdir(photos)
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; .ci/run installs it")
+    odd, state = os.fsdecode(b"b\xe9$e\nx"), runs.load_checkpoint("run/last.pt")
+    shutil.copytree("photos", "odd", ignore=shutil.ignore_patterns("*.npz"))
+    for split in ("train", "val", "test"):
+        Path("odd", split, "bee").rename(Path("odd", split, odd))
+    state["data"] |= {key: value for key, value in train.load("folder", "odd").about.items()}
+    torch.save(state, "odd.pt")
+    words = ["odd.pt", "--data", "odd", "--csv", "odd.csv", "--figure", "odd.png", "--device", "cpu"]
+    ran = subprocess.run([sys.executable, HERE / "predict.py", *words], capture_output=True)
+    assert ran.returncode == 0 and b"\n" + os.fsencode(odd) in ran.stdout, ran.stderr
+    assert os.fsencode(f"val/{odd}/0.png") in Path("odd.csv").read_bytes() and Path("odd.png").exists()
 
 
 def test_another_split_is_never_mistaken_for_the_images_held_out(photos, monkeypatch):
@@ -137,6 +162,7 @@ def test_another_split_is_never_mistaken_for_the_images_held_out(photos, monkeyp
     [
         (["absent.pt"], "there is no file absent.pt"),
         (["run/last.pt", "absent.jpg"], "there is no image file absent.jpg"),
+        (["run/last.pt", "a" * 300], "there is no image file aaa"),
         (["run/last.pt", "photos"], "there is no image file photos; name files, or a pattern"),
         (["run/last.pt", "photos/val/*"], r"there is no image file photos/val/\*"),  # only folders
         (["run/last.pt", "run/log.jsonl"], "cannot read 1 images"),
