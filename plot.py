@@ -448,11 +448,17 @@ def subplots(rows=1, columns=1, inches=(6.4, 4.8)):
     return figure, panels
 
 
+def file_type(path):
+    """The ending of a figure's name, refused if nothing can be drawn so."""
+    kind = Path(path).suffix[1:].lower()
+    if kind not in matplotlib.figure.Figure().canvas.get_supported_filetypes():
+        raise InputError(f"cannot draw {path}: give it a name that ends in .png, .svg or .pdf")
+    return kind
+
+
 def save(figure, path, named=None):
     """Writes a figure, beneath it the legend of the axes `named`, and says so."""
-    kind = Path(path).suffix[1:].lower()
-    if kind not in figure.canvas.get_supported_filetypes():
-        raise InputError(f"cannot draw {path}: give it a name that ends in .png, .svg or .pdf")
+    kind = file_type(path)
     if named:
         handles, labels = named.get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False)

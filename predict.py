@@ -108,7 +108,9 @@ def main():
     """The command line."""
     args = parse()
     if args.figure:  # before anything is computed
-        from plot import confusion as draw  # which needs matplotlib
+        from plot import confusion as draw, file_type  # which need matplotlib
+
+        file_type(args.figure)
     model, state = restore(args.checkpoint)
     theirs, about, names = state["args"], state["data"], state["data"]["class_names"]
     device, precision, _ = pick_device(args.device, None)

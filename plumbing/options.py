@@ -134,10 +134,10 @@ def fill_in(args, recipes):
 
 
 def name_of(folder):
-    """What runs on a folder of images are named after: no two folders have the same name."""
+    """What runs on a folder of images are named after: no two folders, nor a built-in data set, share a name."""
     path = Path(folder).resolve()
-    if path.is_relative_to(Path.cwd()) and path != Path.cwd():
-        return "_".join(path.relative_to(Path.cwd()).parts)
+    if path.parent == Path.cwd() and path.name not in CLASSES:
+        return path.name
     return f"{path.name}-{crc32(str(path).encode('utf-8', 'surrogateescape')):08x}"
 
 

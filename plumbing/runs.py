@@ -85,15 +85,19 @@ def describe(data):
 
 def initialise(network, path):
     """Gives a network its first weights from a checkpoint of ours, or from timm's or torchvision's state_dict of the
-    same network. Strictly, but for a head of another number of classes, which starts anew."""
+    same network. Strictly, but for a head that is missing or of another number of classes, which starts anew."""
     state = read_tensors(path)
     with explained(f"{path} does not hold weights for this network", "choose another --init"):
-        state = state.get("model", state)
+        state = state.get("model", state.get("state_dict", state))
         ours = network.state_dict()
-        heads = [name for name in ("head.weight", "head.bias", "fc.weight", "fc.bias") if name in ours]
-        anew = [name for name in heads if state[name].shape != ours[name].shape]
+        shapes = [{name: tensor.shape for name, tensor in weights.items()} for weights in (state, ours)]
+        odd = [name for name in state | ours if shapes[0].get(name) != shapes[1].get(name)]
+        anew = [name for name in odd if name in ours and name.split(".")[0] in ("head", "fc")]
+        if len(odd) > len(anew):
+            names = ", ".join([name for name in odd if name not in anew][:3])
+            raise ValueError(f"{names}, ... are missing, of another shape or of no use")
         network.load_state_dict(state | {name: ours[name] for name in anew})
-    others = f"; {' and '.join(anew)} start anew, as the classes are others" if anew else ""
+    others = f"; {' and '.join(anew)} start anew, as it has none for these classes" if anew else ""
     print(f"first weights: {path}{others}")
 
 

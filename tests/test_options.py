@@ -62,11 +62,13 @@ def test_each_row_has_a_folder_of_its_own():
         ("--seed 3 --schedule none", "glyphs-deit_mini-none-seed3"),
         ("--model resnet8", "glyphs-resnet8-seed0"),
         ("--recipe small --held-out 0.2", "cifar100-20classes-heldout0.2-deit_mini-early-seed0"),
-        ("--dataset folder --data my/birds", "my_birds-deit_tiny-early-seed0"),
+        ("--dataset folder --data birds", "birds-deit_tiny-early-seed0"),
     ):
         assert train.parse(words.split()).out == f"runs/{out}"
-    elsewhere = {train.parse(["--dataset", "folder", "--data", f"/{d}/birds"]).out for d in ("one", "two")}
-    assert len(elsewhere) == 2 and all(out.startswith("runs/birds-") for out in elsewhere)
+    folders = ("birds", "one/birds", "two/birds", "/birds", "one_birds", "cifar10", ".")
+    named = [train.parse(["--dataset", "folder", "--data", folder]).out for folder in folders]
+    assert len({*named, train.parse(["--dataset", "cifar10"]).out}) == 8
+    assert all(out.startswith("runs/birds-") for out in named[:4])
 
 
 def test_the_command_in_the_log_can_be_pasted_into_a_shell():

@@ -129,6 +129,12 @@ def test_the_confusion_matrix_is_drawn(told, photos):
         assert min(picture.size) > 200
 
 
+def test_a_figure_that_cannot_be_drawn_is_refused_before_anything_is_read(told):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; .ci/run installs it")
+    with pytest.raises(SystemExit, match="cannot draw confusion.txt: give it a name that ends in .png"):
+        told("absent.pt", "--figure", "confusion.txt")
+
+
 def test_names_of_any_bytes_are_told_written_and_drawn(photos, monkeypatch):
     """A class folder that was named on another system; in a process of its own, as pytest reads UTF-8 only."""
     monkeypatch.chdir(photos)
@@ -195,8 +201,10 @@ def test_init_takes_our_checkpoint_and_starts_a_head_of_another_size_anew(photos
     head = other.fc.weight.clone()
     runs.initialise(other, "run/last.pt")
     assert torch.equal(other.conv1.weight, model.conv1.weight) and torch.equal(other.fc.weight, head)
-    assert "fc.weight and fc.bias start anew, as the classes are others" in capsys.readouterr().out
-    with pytest.raises(InputError, match="does not hold weights for this network .*choose another --init"):
+    assert "fc.weight and fc.bias start anew, as it has none for these classes" in capsys.readouterr().out
+    with pytest.raises(
+        InputError, match="does not hold weights for this network .{,90}; choose another --init"
+    ):
         runs.initialise(deit_mini(2), "run/last.pt")
 
 
@@ -205,6 +213,11 @@ def test_init_takes_torchvisions_and_timms_weights(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
     ours = resnet18(3)
     runs.initialise(ours, tmp_path / "resnet18.pth")
+    assert torch.equal(ours.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
+    headless = {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc")}
+    torch.save({"state_dict": headless, "epoch": 3}, tmp_path / "wrapped.pth")
+    ours = resnet18(3)
+    runs.initialise(ours, tmp_path / "wrapped.pth")
     assert torch.equal(ours.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
     timm = pytest.importorskip("timm", reason="timm is not installed; .ci/run installs it")
     theirs = timm.create_model("deit_tiny_patch16_224", num_classes=1000)
