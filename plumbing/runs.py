@@ -62,7 +62,7 @@ def require(keys, part):
 
 def is_finished(path):
     """Whether this checkpoint is there, of a run's last epoch."""
-    if not path.exists():
+    if not os.path.exists(path):  # which raises nothing, whatever the name is
         return False
     state = load_checkpoint(path)
     return len(state["history"]) == state["args"]["epochs"]
@@ -140,9 +140,9 @@ def locked(folder, wait=False):
 def saved_options(out):
     """The options that the run in a folder was begun with, or none."""
     log, last = Path(out, "log.jsonl"), Path(out, "last.pt")
-    if last.exists():
-        return load_checkpoint(last)["args"]
-    with explained(f"{log} is damaged", "choose another --out"):
+    with explained(f"the run in {out} cannot be read", "choose another --out"):
+        if last.exists():
+            return load_checkpoint(last)["args"]
         return json.loads(log.read_text().splitlines()[0])["args"] if log.exists() else {}
 
 
@@ -159,7 +159,7 @@ def begin(args):
         )
     if state and needs_teacher(args, state):  # known by its weights, wherever it lies now
         path = teacher_of(args, state)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(
                 f"{last} was guided by {state['origin']['teacher']}: bring that file back, or say where "
                 "it is with --teacher"

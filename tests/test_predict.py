@@ -169,6 +169,7 @@ def test_another_split_is_never_mistaken_for_the_images_held_out(photos, monkeyp
         (["absent.pt"], "there is no file absent.pt"),
         (["run/last.pt", "absent.jpg"], "there is no image file absent.jpg"),
         (["run/last.pt", "a" * 300], "there is no image file aaa"),
+        (["run/last.pt", "link.jpg"], "there is no image file link.jpg"),  # to a name that is too long
         (["run/last.pt", "photos"], "there is no image file photos; name files, or a pattern"),
         (["run/last.pt", "photos/val/*"], r"there is no image file photos/val/\*"),  # only folders
         (["run/last.pt", "run/log.jsonl"], "cannot read 1 images"),
@@ -178,6 +179,8 @@ def test_another_split_is_never_mistaken_for_the_images_held_out(photos, monkeyp
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(told, argv, message):
+    if "link.jpg" in argv:
+        Path("link.jpg").symlink_to("a" * 300)
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as stop:
         told(*argv)
     assert "\n" not in str(stop.value)
