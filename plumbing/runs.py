@@ -25,6 +25,7 @@ from guidance import beta_at
 from model import TRANSFORMERS
 from plumbing.devices import synchronize, to_device
 from plumbing.files import InputError, explained, read_tensors, write_tensors, write_whole
+from plumbing.images import some
 from teacher import CNNS, load_teacher
 
 try:
@@ -94,8 +95,8 @@ def initialise(network, path):
         odd = [name for name in state | ours if shapes[0].get(name) != shapes[1].get(name)]
         anew = [name for name in odd if name in ours and name.split(".")[0] in ("head", "fc")]
         if len(odd) > len(anew):
-            names = ", ".join([name for name in odd if name not in anew][:3])
-            raise ValueError(f"{names}, ... are missing, of another shape or of no use")
+            names = some((name for name in odd if name not in anew), 3)
+            raise ValueError(f"missing, of another shape or of no use: {names}")
         network.load_state_dict(state | {name: ours[name] for name in anew})
     others = f"; {' and '.join(anew)} start anew, as it has none for these classes" if anew else ""
     print(f"first weights: {path}{others}")

@@ -206,9 +206,13 @@ def test_init_takes_our_checkpoint_and_starts_a_head_of_another_size_anew(photos
     assert torch.equal(other.conv1.weight, model.conv1.weight) and torch.equal(other.fc.weight, head)
     assert "fc.weight and fc.bias start anew, as it has none for these classes" in capsys.readouterr().out
     with pytest.raises(
-        InputError, match="does not hold weights for this network .{,90}; choose another --init"
+        InputError,
+        match=r"does not hold weights for this network \(.*: (\S+ ){3}and \d+ more\); choose another",
     ):
         runs.initialise(deit_mini(2), "run/last.pt")
+    torch.save(other.state_dict() | {"head_dist": head}, "more.pt")
+    with pytest.raises(InputError, match=r"\(missing, of another shape or of no use: head_dist\); choose"):
+        runs.initialise(other, "more.pt")
 
 
 def test_init_takes_torchvisions_and_timms_weights(tmp_path):
