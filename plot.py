@@ -103,7 +103,8 @@ def read_run(path):
         run = Run(path, origin, args, epochs)
         require("dataset classes model schedule seed epochs", args)
         require("hardware threads torch", origin)
-        require(args["schedule"], NAMES)
+        if args["schedule"] not in NAMES:
+            raise ValueError(f"schedule {args['schedule']!r}")
         for key in ("val_acc", "train_acc", "seconds", "beta", "loss_cls", "loss_guidance"):
             run.column(key)  # they are there, and numbers
         if run.guided():

@@ -298,6 +298,7 @@ def test_a_damaged_log_is_an_error_with_its_name(plot, tmp_path):
         no_teacher,
         words,
         unknown,
+        unknown.replace("late", ""),
     ):
         bad.write_text(content)
         with pytest.raises(InputError, match="b.jsonl is no log of train.py"):
