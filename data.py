@@ -96,7 +96,7 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
         parts["test"] = parts["train"].only(fifth, ", a fifth")
         parts["train"] = parts["train"].only(~fifth, ", four fifths")
     if split not in parts:
-        raise InputError(f"{root} has no test/ beside a val/, no second split: leave --split out")
+        raise InputError(f"{root} has no second split, a test/ beside val/: leave --split out")
     train, test = (parts[key].only(parts[key].y < len(class_names)) for key in ("train", split))
     if not (len(train.y) and len(test.y)):
         raise InputError(f"{name} has no image of the first {classes} classes; choose more classes")
@@ -270,7 +270,7 @@ def fetch(make, root, name, part):
         problem = f"cannot fetch {name} ({error}); put its archive {archive.name}, or a cache {name}.npz "
         problem += f"(see the README), into {root}"
         if os.path.exists(archive):  # torchvision would have opened it
-            problem = f"{archive} is damaged, perhaps half a download ({error}); delete it, perhaps fetch it"
+            problem = f"{archive} is damaged, perhaps half a download ({error}); delete it or fetch it again"
         raise InputError(f"{problem}, and run the same command again") from error
 
 

@@ -9,6 +9,7 @@ do not belong with most of the others are left out, and named; so are figures th
 """
 
 import json
+import os
 import re
 from itertools import combinations
 from pathlib import Path
@@ -94,7 +95,7 @@ class Run(NamedTuple):
 
 def read_run(path):
     """A run's folder or log -> a `Run`, finished or not."""
-    path = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
+    path = Path(path, "log.jsonl") if os.path.isdir(path) else Path(path)
     with explained(f"{path} is no log of train.py", "name folders of runs, or logs"):
         origin, *epochs = map(json.loads, path.read_text().splitlines())
         held_out = origin.get("data", {}).get("held_out", origin["args"].get("held_out"))
@@ -102,7 +103,8 @@ def read_run(path):
         run = Run(path, origin, args, epochs)
         require("dataset classes model schedule seed epochs", args)
         require("hardware threads torch", origin)
-        require(args["schedule"], NAMES)
+        if args["schedule"] not in NAMES:
+            raise ValueError(f"schedule {args['schedule']!r}")
         for key in ("val_acc", "train_acc", "seconds", "beta", "loss_cls", "loss_guidance"):
             run.column(key)  # they are there, and numbers
         if run.guided():
@@ -417,7 +419,7 @@ def look(rows, out, count=64):
 def draw_maps(name, model, state, images, out):
     """Draws images, and of each the teacher's maps beside the student's projected ones, channels averaged."""
     path = Path(state["origin"]["teacher"])
-    if not path.is_file():
+    if not os.path.isfile(path):
         return print(f"no maps of {name}: its teacher {path} is not there")
     with explained(f"{path} is not the teacher of {name}", "bring that one back"):
         teacher = load_teacher(load_checkpoint(path))

@@ -11,6 +11,7 @@ To name images, a checkpoint is all it takes: it holds the class names and how i
 import csv
 import glob
 import io
+import os
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def open_images(patterns, side):
     paths = []
     for pattern in patterns:  # cmd and PowerShell leave patterns to the program
         names = glob.glob(glob.escape(pattern)) or sorted(glob.glob(pattern))
-        found = [Path(name) for name in names if Path(name).is_file()]
+        found = [Path(name) for name in names if os.path.isfile(name)]
         paths += found
         if not found:
             raise InputError(f"there is no image file {pattern}; name files, or a pattern: folder/*.jpg")

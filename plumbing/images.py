@@ -42,8 +42,9 @@ class Listing(NamedTuple):
 def find_images(root):
     """Lists the images of train/<class>/* with val/ or test/ beside it, or of just <class>/*; opens none.
     InputError: no such layout, fewer than two classes, or splits of different classes."""
-    top, rows = unpacked(Path(root))
+    top, rows, beside = unpacked(Path(root))
     notes = [f"using {top}, the only folder with images in {root}"] if top != Path(root) else []
+    notes += [f"left out: folders without images: {some(map(repr, beside))}"] if beside else []
     folders = find_splits(top, rows, notes)
     if not folders:  # the class folders lie in `top` itself
         folders, rows = {"train": top}, [((top.name, *parts), path) for parts, path in rows]
@@ -117,19 +118,22 @@ def find_splits(top, rows, notes):
 
 
 def unpacked(root):
-    """`root`, or the folder below it that an archive was unpacked to, and the parts and path of each file."""
+    """`root`, or the folder below it that an archive was unpacked to, the parts and path of each file there, and the
+    names of the folders that are passed by."""
     try:
         rows = [(path.relative_to(root).parts, path) for path in walk(root, set(root.resolve().parents))]
     except OSError as error:
         raise InputError(f"cannot list {error.filename} ({error.strerror}); {LAYOUT}") from error
+    beside = []
     for _ in range(3):  # beside it there may be annotations, lists, licences
         images = [parts for parts, path in rows if path.suffix.lower() in ENDINGS and len(parts) > 1]
         heads, is_class = {parts[0] for parts in images}, any(len(parts) == 2 for parts in images)
         if len(heads) != 1 or is_class or any(parts[0].casefold() in SPLITS for parts, _ in rows):
             break
         root /= min(heads)
+        beside += sorted({parts[0] for parts, _ in rows if len(parts) > 1} - heads)
         rows = [(parts[1:], path) for parts, path in rows if parts[0] in heads and len(parts) > 1]
-    return root, [row for row in rows if row[0]]  # an empty root is no row
+    return root, [row for row in rows if row[0]], beside  # an empty root is no row
 
 
 def walk(folder, above):

@@ -25,6 +25,7 @@ from guidance import beta_at
 from model import TRANSFORMERS
 from plumbing.devices import synchronize, to_device
 from plumbing.files import InputError, explained, read_tensors, write_tensors, write_whole
+from plumbing.images import some
 from teacher import CNNS, load_teacher
 
 try:
@@ -62,7 +63,7 @@ def require(keys, part):
 
 def is_finished(path):
     """Whether this checkpoint is there, of a run's last epoch."""
-    if not path.exists():
+    if not os.path.exists(path):  # which raises nothing, whatever the name is
         return False
     state = load_checkpoint(path)
     return len(state["history"]) == state["args"]["epochs"]
@@ -94,8 +95,8 @@ def initialise(network, path):
         odd = [name for name in state | ours if shapes[0].get(name) != shapes[1].get(name)]
         anew = [name for name in odd if name in ours and name.split(".")[0] in ("head", "fc")]
         if len(odd) > len(anew):
-            names = ", ".join([name for name in odd if name not in anew][:3])
-            raise ValueError(f"{names}, ... are missing, of another shape or of no use")
+            names = some((name for name in odd if name not in anew), 3)
+            raise ValueError(f"missing, of another shape or of no use: {names}")
         network.load_state_dict(state | {name: ours[name] for name in anew})
     others = f"; {' and '.join(anew)} start anew, as it has none for these classes" if anew else ""
     print(f"first weights: {path}{others}")
@@ -140,9 +141,9 @@ def locked(folder, wait=False):
 def saved_options(out):
     """The options that the run in a folder was begun with, or none."""
     log, last = Path(out, "log.jsonl"), Path(out, "last.pt")
-    if last.exists():
-        return load_checkpoint(last)["args"]
-    with explained(f"{log} is damaged", "choose another --out"):
+    with explained(f"the run in {out} cannot be read", "choose another --out"):
+        if last.exists():
+            return load_checkpoint(last)["args"]
         return json.loads(log.read_text().splitlines()[0])["args"] if log.exists() else {}
 
 
@@ -159,7 +160,7 @@ def begin(args):
         )
     if state and needs_teacher(args, state):  # known by its weights, wherever it lies now
         path = teacher_of(args, state)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(
                 f"{last} was guided by {state['origin']['teacher']}: bring that file back, or say where "
                 "it is with --teacher"

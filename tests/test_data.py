@@ -206,7 +206,9 @@ def test_what_cannot_be_fetched_is_named_with_its_archive(tmp_path, monkeypatch,
             load(name, tmp_path)
         (tmp_path / archive).parent.mkdir(exist_ok=True)
         (tmp_path / archive).write_bytes(b"half a down")
-        with pytest.raises(InputError, match=f"{archive} is damaged, perhaps half a download .*delete it"):
+        with pytest.raises(
+            InputError, match=f"{archive} is damaged, perhaps half a .*; delete it or fetch it again, and run"
+        ):
             load(name, tmp_path)
 
 
@@ -359,7 +361,7 @@ def test_with_val_and_test_val_measures_and_test_is_left_for_later(tmp_path):
     assert len(first.x_test) == 6 and len(later.x_test) == 2 and torch.equal(first.x_train, later.x_train)
     assert later.test_names == ["test/cat/image 0.png", "test/dög/image 0.png"]
     assert not images_of(first.x_test) & images_of(later.x_test)
-    with pytest.raises(InputError, match="no second split: leave --split out"):
+    with pytest.raises(InputError, match="no second split, a test/ beside val/: leave --split out"):
         load("folder", small_tree(tmp_path / "another"), split="other")
 
 

@@ -247,6 +247,7 @@ BAD = {  # what is wrong: how it comes about, the command, what the message says
     ),
     "finished run": (nothing, [*FEW, "--out", "run"], "run holds a run of 4 epochs already: continue it"),
     "nothing to resume": (nothing, [*FEW, "--resume"], "nothing to resume in runs/cifar10-resnet8-seed0"),
+    "long name": (nothing, [*RESUME, "--out", "a" * 300], "the run in a+ cannot be read .*another --out"),
     "other data": (cache(), RESUME, "run/last.pt was trained on other data.*training images"),
     "cut own checkpoint": (content("run/last.pt", 0.7), RESUME, "run/last.pt is damaged or no checkpoint"),
     "empty optimiser": (

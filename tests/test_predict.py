@@ -169,6 +169,7 @@ def test_another_split_is_never_mistaken_for_the_images_held_out(photos, monkeyp
         (["absent.pt"], "there is no file absent.pt"),
         (["run/last.pt", "absent.jpg"], "there is no image file absent.jpg"),
         (["run/last.pt", "a" * 300], "there is no image file aaa"),
+        (["run/last.pt", "link.jpg"], "there is no image file link.jpg"),  # to a name that is too long
         (["run/last.pt", "photos"], "there is no image file photos; name files, or a pattern"),
         (["run/last.pt", "photos/val/*"], r"there is no image file photos/val/\*"),  # only folders
         (["run/last.pt", "run/log.jsonl"], "cannot read 1 images"),
@@ -178,6 +179,8 @@ def test_another_split_is_never_mistaken_for_the_images_held_out(photos, monkeyp
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(told, argv, message):
+    if "link.jpg" in argv:
+        Path("link.jpg").symlink_to("a" * 300)
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as stop:
         told(*argv)
     assert "\n" not in str(stop.value)
@@ -203,9 +206,13 @@ def test_init_takes_our_checkpoint_and_starts_a_head_of_another_size_anew(photos
     assert torch.equal(other.conv1.weight, model.conv1.weight) and torch.equal(other.fc.weight, head)
     assert "fc.weight and fc.bias start anew, as it has none for these classes" in capsys.readouterr().out
     with pytest.raises(
-        InputError, match="does not hold weights for this network .{,90}; choose another --init"
+        InputError,
+        match=r"does not hold weights for this network \(.*: (\S+ ){3}and \d+ more\); choose another",
     ):
         runs.initialise(deit_mini(2), "run/last.pt")
+    torch.save(other.state_dict() | {"head_dist": head}, "more.pt")
+    with pytest.raises(InputError, match=r"\(missing, of another shape or of no use: head_dist\); choose"):
+        runs.initialise(other, "more.pt")
 
 
 def test_init_takes_torchvisions_and_timms_weights(tmp_path):

@@ -482,6 +482,10 @@ def test_a_second_start_waits_for_the_teacher_that_the_first_one_trains(place, m
 # ------------------------------------------------------------------------------------------------- teachers
 
 
+def test_where_no_file_can_be_there_is_no_finished_teacher():
+    assert not runs.is_finished(Path("a" * 300, "last.pt"))
+
+
 def test_a_teacher_trained_for_less_counts_and_an_interrupted_one_is_continued_where_it_lies(
     place, monkeypatch, capsys
 ):
@@ -543,10 +547,11 @@ def test_a_run_on_held_out_images_says_so(place, monkeypatch, capsys):
 def test_a_resumed_run_is_guided_by_the_same_teacher_wherever_that_lies_now(place, monkeypatch):
     interrupt(monkeypatch, 1, *GUIDED, "--out", "run")
     Path("teacher").rename("archive")
-    with pytest.raises(
-        SystemExit, match="was guided by teacher/last.pt: bring that file back, or say where it is"
-    ):
-        command(monkeypatch, "--out", "run", "--resume")
+    for moved in ((), ("--teacher", "a" * 300)):
+        with pytest.raises(
+            SystemExit, match="was guided by teacher/last.pt: bring that file back, or say where it is"
+        ):
+            command(monkeypatch, "--out", "run", "--resume", *moved)
     shutil.copytree("archive", "teacher")
     change_checkpoint("teacher/last.pt", lambda state: state["model"]["fc.bias"].add_(1))
     with pytest.raises(
