@@ -184,7 +184,9 @@ def read_cache(path, name):
         with np.load(path, allow_pickle=False) as file:  # a pickle could run anything
             given = {"train"} | {key[2:] for key in file if key.startswith(("x_", "y_"))}
             if odd := given.difference(PARTS):
-                raise ValueError(f"its parts may be {', '.join(PARTS)}, not {', '.join(sorted(odd))}")
+                raise ValueError(
+                    f"its parts may be {', '.join(PARTS)}, not {', '.join(sorted(odd))}: rename them"
+                )
             arrays = {part: (file[f"x_{part}"], file[f"y_{part}"]) for part in PARTS if part in given}
             known = ("class_names", "digests", "files")
             known = [file[key].astype(str).tolist() if key in file else None for key in known]

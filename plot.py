@@ -303,7 +303,7 @@ def draw_strength(rows, out):
     beside = {f"the teacher, {chosen[0].origin.get('teacher_model') or 'a CNN'}": mean(teachers)}
     if name := alone(chosen[0], rows):
         beside[name] = mean(map(Run.last, rows[name]))
-    for name, accuracy in beside.items():  # in words only: their lines, far below, would flatten the curves
+    for name, accuracy in beside.items():  # in words only: their lines, far off, would flatten the curves
         axes.plot([], [], " ", label=f"{name}: {accuracy:.1f}")
     axes.set(xscale="log", xlabel="beta at the start (dots: single runs, lines: means)")
     axes.set(ylabel=f"{measured(rows)} after the last epoch, %")
