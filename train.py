@@ -149,8 +149,7 @@ def trained_teacher(args):
         return path
     with runs.locked(path.parent, wait=True):  # another run may be training it
         if not runs.is_finished(path):
-            theirs.resume = path.exists()
-            if theirs.resume:  # as it was begun
+            if path.exists():  # goes on as it was begun
                 begun = runs.load_checkpoint(path)["args"]
                 vars(theirs).update(begun, device=args.device, data=args.data, out=theirs.out, resume=True)
             print(f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs")
