@@ -76,10 +76,10 @@ def train_epoch(student, teacher, guidance, optimizer, scheduler, batches, beta,
                     _, targets = teacher(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))
                 loss_guidance = guidance(features, targets)  # (B, 16, 32, 32) (B, 32, 16, 16) (B, 64, 8, 8)
                 loss = loss_cls + beta * loss_guidance
-        optimizer.zero_grad()
         precision.scaler.scale(loss).backward()
         precision.scaler.step(optimizer)
         precision.scaler.update()
+        optimizer.zero_grad()  # here, so that the next forward pass finds their memory free
         scheduler.step()
         correct = (logits.argmax(dim=1) == labels).float().mean()
         sums = sums + torch.stack((loss_cls, loss_guidance, correct)).detach()

@@ -84,6 +84,19 @@ def describe(data):
     return data.about | dict(num_classes=data.num_classes, side=data.x_train.shape[-1])
 
 
+def write_weights(checkpoint, path):
+    """Writes the network of a run in half precision: a small file that `--teacher`, `--init` and predict.py take."""
+    state = load_checkpoint(checkpoint)
+    model = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in state["model"].items()
+    }
+    if not all(tensor.isfinite().all() for tensor in model.values()):
+        raise InputError(f"a weight of {checkpoint} is too large for half precision: use the file itself")
+    gone = dict.fromkeys(("projections", "optimizer", "scheduler", "scaler", "generator"))
+    write_tensors(path, state | gone | dict(model=model, guiding=False, adaptive=[]))
+
+
 def initialise(network, path):
     """Gives a network its first weights from a checkpoint of ours, or from timm's or torchvision's state_dict of the
     same network. Strictly, but for a head that is missing or of another number of classes, which starts anew."""

@@ -358,6 +358,23 @@ class Elsewhere(TorchDispatchMode):
         return result
 
 
+def test_erasing_all_images_at_once_puts_the_noise_where_one_by_one_puts_it():
+    """Boxes drawn by the recipe, none, and one that reaches to the last pixel of image and noise."""
+    size, n = 24, 400
+    draws = augment.draw(n, 32, size, torch.Generator().manual_seed(3))
+    boxes, corners = draws.erase.int(), draws.noise
+    boxes[0], corners[0] = torch.tensor([20, 0, 4, 24]), size
+    noise, before = torch.randn(3, 2 * size, 2 * size), torch.randn(n, 3, size, size)
+    results = [before.clone(), before.clone()]
+    for x, at_once in zip(results, (False, True)):
+        augment.erase(x, boxes, corners, noise, at_once)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[1][0, :, 20:], noise[:, size : size + 4, size:], rtol=0, atol=0)
+    assert torch.equal(results[1][boxes[:, 2] == 0], before[boxes[:, 2] == 0])
+    augment.erase(x, torch.zeros_like(boxes), corners, noise, at_once=True)
+    torch.testing.assert_close(x, results[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("size, kind", [(32, "cuda"), (64, "cuda"), (32, "mps")])
 def test_an_epoch_waits_for_the_device_once_and_mixes_no_devices(size, kind, monkeypatch):
     """Guided training at the size of the stored images and enlarged, every operation of the augmentation

@@ -643,6 +643,27 @@ def test_a_network_is_restored_from_its_checkpoint_alone_or_refused(place):
         runs.restore("student/last.pt")
 
 
+def test_weights_in_half_precision_are_a_small_file_that_guides_and_is_recognised(place, monkeypatch, capsys):
+    """A third of the checkpoint or less, as half precision and no optimiser; every weight rounded, none changed
+    otherwise; a weight too large for it is refused."""
+    runs.write_weights("teacher/last.pt", "handed/out.pt")
+    assert os.path.getsize("handed/out.pt") < os.path.getsize("teacher/last.pt") / 3
+    (given, about), (written, _) = runs.restore("teacher/last.pt"), runs.restore("handed/out.pt")
+    for name, tensor in written.state_dict().items():
+        expected = given.state_dict()[name]
+        torch.testing.assert_close(tensor, expected, rtol=2**-11, atol=1e-7)
+        assert tensor.dtype == expected.dtype
+    shutil.rmtree("teacher")
+    command(monkeypatch, *MINI, "--teacher", "handed/out.pt", "--out", "run")
+    assert "teacher: resnet8 of handed/out.pt, trained for 4 epochs" in capsys.readouterr().out
+    assert records("run")[0]["teacher_command"] == about["origin"]["command"]
+    change_checkpoint(
+        "handed/out.pt", lambda state: state["model"].update({"fc.bias": torch.full((10,), 1e6)})
+    )
+    with pytest.raises(InputError, match="a weight of handed/out.pt is too large for half precision"):
+        runs.write_weights("handed/out.pt", "handed/again.pt")
+
+
 # ------------------------------------------------------------------------------------------ several processes
 
 
