@@ -150,30 +150,32 @@ def augment(images, size, draws, noise):
                     changed = recolour(changed, operation, level, sign)
                 x.index_copy_(0, chosen, changed)
     torch.addcmul(-mean / std, x, 1 / (255 * std), out=x)
-    erase(x, draws.erase.int(), draws.noise, noise, at_once=device.type != "cpu")
+    boxes, corners = draws.erase.int(), draws.noise
+    if device.type != "cpu":
+        erase(x, boxes, corners, noise)
+        return x
+    for i in boxes[:, 2].nonzero()[:, 0].tolist():
+        (top, left, height, width), (down, right) = boxes[i].tolist(), corners[i].tolist()
+        fresh = noise[:, down : down + height, right : right + width]
+        x[i, :, top : top + height, left : left + width] = fresh
     return x
 
 
-def erase(x, boxes, corners, noise, at_once):
-    """Puts the part of the noise that begins at its corner into the box of each image (n, 3, S, S), in place; for all
-    images at once, or, as is faster on a CPU, one by one: a GPU's host would take long to launch so many kernels."""
+def erase(x, boxes, corners, noise):
+    """Puts the part of the noise that begins at its corner into the box of each image (n, 3, S, S), in place: all at
+    once, as a GPU's host would take long to launch a kernel for each image."""
     chosen, S = boxes[:, 2].nonzero()[:, 0], x.shape[-1]
-    boxes, corners = boxes[chosen], corners[chosen]  # (e, 4), (e, 2)
-    if not at_once:
-        for i, box, (down, right) in zip(chosen.tolist(), boxes.tolist(), corners.tolist()):
-            top, left, height, width = box
-            fresh = noise[:, down : down + height, right : right + width]
-            x[i, :, top : top + height, left : left + width] = fresh
-    elif len(chosen):
-        start, length = boxes[..., None].chunk(2, dim=1)  # (e, 2, 1)
-        offset = torch.arange(S) - start  # (e, 2, S) from the box's corner
-        inside = send((offset >= 0) & (offset < length), x.device)
-        places = send((corners[..., None] + offset).clamp(0, 2 * S - 1), x.device)
-        (rows, columns), (in_rows, in_columns) = places.unbind(dim=1), inside.unbind(dim=1)  # (e, S) each
-        fresh = noise[:, rows[:, :, None], columns[:, None]].transpose(0, 1)  # (e, 3, S, S)
-        covered = (in_rows[:, :, None] & in_columns[:, None])[:, None]  # (e, 1, S, S)
-        chosen = send(chosen, x.device)
-        x.index_copy_(0, chosen, torch.where(covered, fresh, x.index_select(0, chosen)))
+    if not len(chosen):
+        return
+    start, length = boxes[chosen, :, None].chunk(2, dim=1)  # (e, 2, 1) of e images
+    offset = torch.arange(S) - start  # (e, 2, S) from the box's corner
+    inside = send((offset >= 0) & (offset < length), x.device)
+    places = send((corners[chosen, :, None] + offset).clamp(0, 2 * S - 1), x.device)
+    (rows, columns), (in_rows, in_columns) = places.unbind(dim=1), inside.unbind(dim=1)  # (e, S) each
+    fresh = noise[:, rows[:, :, None], columns[:, None]].transpose(0, 1)  # (e, 3, S, S)
+    covered = (in_rows[:, :, None] & in_columns[:, None])[:, None]  # (e, 1, S, S)
+    chosen = send(chosen, x.device)
+    x.index_copy_(0, chosen, torch.where(covered, fresh, x.index_select(0, chosen)))
 
 
 def prepare(images, size):

@@ -131,10 +131,11 @@ def synchronize(device):
 
 
 def pick_compile(asked, device, steps):
-    """Whether to compile (asked: True, False or None), and the reason in words. It pays in long runs only."""
+    """Whether to compile (asked: True, False or None), and the reason in words. It takes 45 s and saves 9 ms a step,
+    as measured on an H200, so it pays in long runs only."""
     if asked is not None:
         return asked, f"{'torch.compile' if asked else 'eager'} (as asked)"
-    if device.type != "cuda" or steps < 20_000 or not find_spec("triton"):
+    if device.type != "cuda" or steps < 10_000 or not find_spec("triton"):
         return False, "eager (the default on a CPU, in a short run and without triton)"
     return True, "torch.compile (the default in a long run on a CUDA GPU)"
 
@@ -194,7 +195,10 @@ class Processes(NamedTuple):
             student = InLowPrecision(student, precision.dtype)
         teacher = teacher and teacher.to(precision.dtype)  # it is frozen: cast once, not at every step
         if compiled:
-            student, teacher, guidance = (net and torch.compile(net) for net in (student, teacher, guidance))
+            # Replayed as CUDA graphs, for a host launches kernels more slowly than a large GPU runs these
+            mode = "reduce-overhead" if precision.autocast.device == "cuda" and self.count == 1 else "default"
+            networks = (student, teacher, guidance)
+            student, teacher, guidance = (net and torch.compile(net, mode=mode) for net in networks)
         if self.count > 1:
             student, guidance = (net and DistributedDataParallel(net) for net in (student, guidance))
         return student, teacher, guidance

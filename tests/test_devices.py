@@ -256,6 +256,20 @@ def test_in_low_precision_the_frozen_teacher_is_cast_once_and_other_networks_and
         assert own(torch.zeros(2, 4)).dtype == torch.bfloat16
 
 
+def test_compiled_networks_are_replayed_as_cuda_graphs_on_one_gpu_only(monkeypatch):
+    """On a CPU there are none, and gradients that several processes average are not part of a graph."""
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda network, mode: modes.append(mode))
+    monkeypatch.setattr(devices, "DistributedDataParallel", lambda network: network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there may be no GPU here
+        cuda = make_precision(torch.device("cuda"), torch.bfloat16)
+    Processes().wrap(deit_mini(10), ResNet(10, (1,), (4,), small=True), None, True, cuda)
+    Processes().wrap(deit_mini(10), None, None, True, make_precision(CPU, torch.bfloat16))
+    Processes(0, 2).wrap(deit_mini(10), None, None, True, cuda)
+    assert modes == ["reduce-overhead", "reduce-overhead", "default", "default"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, within", [(torch.float32, 1e-3), (torch.bfloat16, 0.02)])
 def test_compiled_training_agrees_with_plain_float32_step_by_step_and_is_compiled_once(dtype, within):

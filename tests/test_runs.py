@@ -517,7 +517,10 @@ def test_a_teacher_trained_for_less_counts_and_an_interrupted_one_is_continued_w
         (lambda state: state["data"].update(num_classes=5), r"differs: number of classes \(5, now 10\)"),
         (lambda state: state["data"].update(dataset="glyphs"), r"differs: data set \(glyphs, now cifar10\)"),
         (lambda state: state["data"].update(train="another"), "differs: training images. Choose another"),
-        (lambda state: state["data"].update(class_names=list("abcdefghij")), "differs: classes"),
+        (
+            lambda state: state["data"].update(train="another", class_names=list("abcdefghij")),
+            "differs: classes, training images",
+        ),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(place, monkeypatch, change, message):
@@ -525,6 +528,13 @@ def test_a_teacher_that_does_not_fit_is_refused(place, monkeypatch, change, mess
     with pytest.raises(SystemExit, match=f"teacher/last.pt .*{message}"):
         command(monkeypatch, *GUIDED, "--out", "run")
     assert records("run")[1] == []
+
+
+def test_the_same_images_under_other_class_names_are_the_same_data(place, monkeypatch):
+    """An own cache of CIFAR-100 has no names, torchvision's archive has: a teacher fits both."""
+    change_checkpoint("teacher/last.pt", lambda state: state["data"].update(class_names=list("abcdefghij")))
+    command(monkeypatch, *GUIDED, "--out", "run")
+    assert len(records("run")[1]) == 3
 
 
 def test_a_teacher_that_has_seen_held_out_images_is_refused_and_the_automatic_one_does_not(
