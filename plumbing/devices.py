@@ -50,9 +50,7 @@ def pick_device(name, amp):
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = (
-            True  # of the algorithms for a convolution, the fastest, found by trying
-        )
+        torch.backends.cudnn.benchmark = True  # it tries its algorithms for a convolution, once
     if device.type == "cuda" and dtype == torch.float32:
         torch.set_float32_matmul_precision("high")  # TF32: the matrix units round, sums stay in float32
     words = f"{device} ({why}); {str(dtype).removeprefix('torch.')} ({why_dtype})"

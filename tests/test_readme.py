@@ -66,7 +66,7 @@ def test_the_last_lines_of_the_main_command_are_those_of_its_log():
 
 
 def test_the_tables_of_the_readme_are_those_of_the_logs():
-    """Mean and standard deviation over the seeds of the generated images; the runs that choose, one by one."""
+    """Mean and standard deviation over the seeds of the generated images; the claim's finished runs, one by one."""
     cells = []
     for row in ("deit_mini-none", "deit_mini-constant", "deit_mini-early", "resnet8"):
         last = [
@@ -76,18 +76,17 @@ def test_the_tables_of_the_readme_are_those_of_the_logs():
         cells.append(f"{np.mean(last):.2f} ± {np.std(last, ddof=1):.2f}")
     assert f"| `python train.py` | {' | '.join(cells)} |" in README
 
-    last = {path.stem: records_of(path)[-1] for path in (HERE / "results/claim/choose").glob("*.jsonl")}
-    rows = re.search(
-        r"^\| accuracy on held-out training images, % \|(.+)\|\n.+\n((\| .+\n)+)", README, re.MULTILINE
+    last = {path.stem: records_of(path)[-1] for path in (HERE / "results/claim/test").glob("*.jsonl")}
+    table = re.search(
+        r"^\| accuracy on test images, %, by seed \|(.+)\|\n.+\n((\| .+\n)+)", README, re.MULTILINE
     )
-    names = [re.sub(r"(\w+) (\d+)", r"deit_mini-\1-\2", name.strip()) for name in rows[1].split("|")]
-    shown = {}
-    for row in rows[2].splitlines():
-        seed, values = re.fullmatch(r"\| seed (\d) \|(.+)\|", row).groups()
-        for name, value in zip(names, values.split("|"), strict=True):
-            if value.strip():
-                shown[f"{name.replace('the teacher', 'resnet8')}-seed{seed}"] = value.strip()
+    seeds, shown = [seed.strip() for seed in table[1].split("|")], {}
+    for line in table[2].splitlines():
+        row, *values = [cell.strip() for cell in line.strip("|").split("|")]
+        name = "resnet8" if row == "the teacher" else f"deit_mini-{row.replace(' ', '-')}"
+        shown |= {f"{name}-seed{seed}": value for seed, value in zip(seeds, values, strict=True) if value}
     assert shown == {run: f"{line['val_acc']:.2f}" for run, line in last.items()}
+    assert {len(records_of(path)) for path in (HERE / "results/claim/test").glob("deit*.jsonl")} == {61}
 
 
 def test_the_tables_of_the_evidence_are_those_that_plot_has_made():
