@@ -12,6 +12,7 @@ from http.client import HTTPException
 from itertools import compress, islice
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -54,10 +55,12 @@ class Part(NamedTuple):
     names: list
 
     def only(self, keep, which=""):
-        """The images where `keep` (N,) is true; `which` tells their digest from that of all."""
+        """The images where `keep` (N,) is true. `which` names a choice by place, which moves with the files' names: the
+        digest then tells the chosen images from others."""
         if keep.all():
             return self  # a copy might not fit into memory
-        return Part(self.x[keep], self.y[keep], self.digest + which, list(compress(self.names, keep)))
+        x, names = self.x[keep], list(compress(self.names, keep))
+        return Part(x, self.y[keep], self.digest + (which and f", {which} {crc32(x):08x}"), names)
 
 
 class Source(NamedTuple):
@@ -93,8 +96,8 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
     if "test" not in parts:
         print(f"note: {root} has no val/ or test/: a fifth of every class is held out to measure on")
         fifth = hold_out(parts["train"].y, 0.2)
-        parts["test"] = parts["train"].only(fifth, ", a fifth")
-        parts["train"] = parts["train"].only(~fifth, ", four fifths")
+        parts["test"] = parts["train"].only(fifth, "a fifth")
+        parts["train"] = parts["train"].only(~fifth, "four fifths")
     if split not in parts:
         raise InputError(f"{root} has no second split, a test/ beside val/: leave --split out")
     train, test = (parts[key].only(parts[key].y < len(class_names)) for key in ("train", split))
@@ -102,8 +105,8 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
         raise InputError(f"{name} has no image of the first {classes} classes; choose more classes")
     if held_out is not None:
         held = hold_out(train.y, held_out)
-        test = train.only(held) if split == "test" else test
-        train = train.only(~held)
+        test = train.only(held, "held out") if split == "test" else test
+        train = train.only(~held, "but for held-out")
     report_copies(name, train.x, test.x, "test" if held_out is None else "held-out")
     about = dict(dataset=name, class_names=class_names, held_out=held_out)
     about |= dict(train=train.digest, test=test.digest)

@@ -11,6 +11,7 @@ To name images, a checkpoint is all it takes: it holds the class names and how i
 import csv
 import glob
 import io
+import math
 import os
 from pathlib import Path
 
@@ -57,10 +58,23 @@ def name_images(found, paths, names, top):
         print(f"{path}: {likely}")
 
 
+def interval(share, count, z=1.96):
+    """Wilson's 95% interval, in %, of a share that was found among so many independent cases."""
+    middle, half = (
+        share + z**2 / (2 * count),
+        z * math.sqrt(share * (1 - share) / count + (z / count) ** 2 / 4),
+    )
+    return tuple(100 * (middle + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
+
+
 def tell_by_class(confusion, names):
     """Prints accuracy and a table: for every class its images, how many are right, what it is mostly taken for."""
     accuracy, balanced = accuracies(confusion)
+    low, high = interval(accuracy / 100, confusion.sum().item())
     print(f"accuracy {accuracy:.2f}%, balanced accuracy {balanced:.2f}% (the mean over the classes)")
+    print(
+        f"with so many images, and if these are independent, accuracy is known to lie in {low:.1f} to {high:.1f}%"
+    )
     print(f"{'class':<24} {'images':>7} {'right':>7}  most often taken for")
     for k, name in enumerate(names):
         total, right = confusion[k].sum().item(), confusion[k, k].item()

@@ -129,8 +129,8 @@ def synchronize(device):
 
 
 def pick_compile(asked, device, steps):
-    """Whether to compile (asked: True, False or None), and the reason in words. It takes 45 s and saves 9 ms a step,
-    as measured on an H200, so it pays in long runs only."""
+    """Whether to compile (asked: True, False or None), and the reason in words. On an H200 it took up to 45 s and saved
+    9 ms a step, so it pays in long runs only."""
     if asked is not None:
         return asked, f"{'torch.compile' if asked else 'eager'} (as asked)"
     if device.type != "cuda" or steps < 10_000 or not find_spec("triton"):
@@ -193,9 +193,11 @@ class Processes(NamedTuple):
             student = InLowPrecision(student, precision.dtype)
         teacher = teacher and teacher.to(precision.dtype)  # it is frozen: cast once, not at every step
         if compiled:
-            # Replayed as CUDA graphs, for a host launches kernels more slowly than a large GPU runs these
-            mode = "reduce-overhead" if precision.autocast.device == "cuda" and self.count == 1 else "default"
-            networks = (student, teacher, guidance)
+            # As CUDA graphs where that was tried, as a host launches kernels more slowly than a large GPU runs them.
+            # A user's own network may keep a tensor from one step to the next, which graphs do not allow
+            ours = isinstance(student, (InLowPrecision, ResNet)) and precision.dtype == torch.bfloat16
+            graphs = ours and precision.autocast.device == "cuda" and self.count == 1
+            mode, networks = "reduce-overhead" if graphs else "default", (student, teacher, guidance)
             student, teacher, guidance = (net and torch.compile(net, mode=mode) for net in networks)
         if self.count > 1:
             student, guidance = (net and DistributedDataParallel(net) for net in (student, guidance))

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 
 class InputError(ValueError):
@@ -75,11 +74,10 @@ def has_ended(pid):
 
 
 def write_tensors(path, state):
-    """Writes a dictionary with torch.save, its tensors from any device such that a computer without that device can
-    read them; by way of memory, so that only the disk's own errors are the disk's."""
+    """Writes a dictionary with torch.save; by way of memory, so that only the disk's own errors are the disk's."""
     buffer = io.BytesIO()
     try:
-        torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, state), buffer)
+        torch.save(state, buffer)
     except RuntimeError as error:
         raise error.__context__ or error  # out of memory, it fails again while it closes the file
     write_whole(path, lambda file: file.write(buffer.getbuffer()))

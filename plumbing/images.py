@@ -24,6 +24,15 @@ SPLITS |= {name + tail: split for name, split in SPLITS.items() for tail in TAIL
 Image.init()  # all readers but those that decode nothing, and EPS's, which starts Ghostscript; MPO is a JPEG
 FORMATS = [name for name in Image.OPEN if name not in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")]
 ENDINGS = {end for end, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
+OTHERS = {
+    "",
+    ".dcm",
+    ".dicom",
+    ".nii",
+    ".svs",
+    ".ndpi",
+    ".heic",
+}  # images it does not read; DICOM may have no ending
 # The orientation in EXIF's list of tags, 12 bytes each. Pillow's reader may stop at a damaged tag before it
 TURN = re.compile(b"(?s)(?:Exif..)*.{10}(?:.{12}){,30}?(?:\x12\1\3\0\1\0\0\0|\1\x12\0\3\0\0\0\1\0)([\1-\10])")
 # A small file can hold an image that fills the memory: above 89 million pixels, where Pillow warns, we refuse
@@ -50,7 +59,7 @@ def find_images(root):
         folders, rows = {"train": top}, [((top.name, *parts), path) for parts, path in rows]
     split_of = {folder.name: split for split, folder in folders.items()}
     images = {split: {} for split in folders}  # split -> class name -> paths
-    left_out, lost, inner = Counter(), [], set()
+    left_out, lost, inner, unread = Counter(), [], set(), set()
     for parts, path in rows:  # split, class, perhaps sub-folders, file
         split, ending = split_of.get(parts[0]), path.suffix.lower()
         if split and len(parts) > 2:
@@ -60,6 +69,7 @@ def find_images(root):
                 inner |= {parts[1:-1]} if len(parts) > 3 else set()
             elif not os.path.isdir(path):
                 left_out[ascii(ending)[1:-1] or "without an ending"] += 1
+                unread |= {parts[1]} if ending in OTHERS else set()
         elif split and not os.path.isfile(path):
             lost.append(path)
         elif ending in ENDINGS:
@@ -77,16 +87,21 @@ def find_images(root):
         notes.append(f"sub-folders count to their class: {some(map('/'.join, inner))}")
     if kinds := some(f"{n} {kind}" for kind, n in left_out.most_common()):
         notes.append(f"left out: {kinds} (used: files that Pillow reads, in a folder for each class)")
-    classes = check_classes(folders, images, notes)
+    classes = check_classes(folders, images, unread, notes)
     splits = [split for split in ("train", "val", "test") if split in folders]
     splits = {s: [(path, y) for y, name in enumerate(classes) for path in images[s][name]] for s in splits}
     return Listing(top, classes, splits, notes)
 
 
-def check_classes(folders, images, notes):
-    """The names of the classes: at least two, each with images in every split."""
+def check_classes(folders, images, unread, notes):
+    """The names of the classes: at least two, each with images in every split; `unread` have some in odd formats."""
     classes = sorted({name for named in images.values() for name, paths in named.items() if paths})
     barren = sorted(set().union(*images.values()).difference(classes))
+    if odd := unread.intersection(barren):  # one class less, which nobody might notice
+        names = some(map(repr, sorted(odd)))
+        raise InputError(
+            f"Pillow reads no image of class {names}: convert them to PNG, or move the folder away"
+        )
     notes += [f"left out: class folders without images: {some(map(repr, barren))}"] if barren else []
     odd = {split: [repr(name) for name in classes if not images[split].get(name)] for split in folders}
     odd = [f"{folders[split].name}/ has no images of class {some(odd[split])}" for split in odd if odd[split]]

@@ -176,6 +176,10 @@ def of_teacher(args, recipes):
     for key, default in defaults.items():
         if getattr(args, key) != default:
             argv.append(f"--{key.replace('_', '-')}={getattr(args, key)}")
+    if (
+        args.augment != recipes[args.recipe]["augment"]
+    ):  # what spoils the student's images spoils the teacher's
+        argv.append(f"--augment={args.augment}")
     for key in ("amp", "compile"):
         if getattr(args, key) is not None:
             argv.append(f"--{key}" if getattr(args, key) else f"--no-{key}")

@@ -86,6 +86,8 @@ def describe(data):
 
 def write_weights(checkpoint, path):
     """Writes the network of a run in half precision: a small file that `--teacher`, `--init` and predict.py take."""
+    if os.path.exists(path):
+        raise InputError(f"{path} exists already: choose another name")
     state = load_checkpoint(checkpoint)
     model = {
         name: tensor.half() if tensor.is_floating_point() else tensor
@@ -122,8 +124,8 @@ def check_data(path, was, data, but_for=()):
     words |= dict(class_names="classes", held_out="part held out ({}, now {})")
     words |= dict(train="training images", test="test images")
     differ = [key for key in words if was[key] != now.get(key) and key not in but_for]
-    if "train" not in differ and "class_names" in differ:  # the same images and labels, by other words
-        differ.remove("class_names")
+    if now["dataset"] in ("cifar10", "cifar100") and "train" not in differ:  # an own cache may lack the names
+        differ = [key for key in differ if key != "class_names"]
     if differ:
         other = [words[key].format(was[key], now[key]) for key in differ]
         raise InputError(
@@ -273,7 +275,11 @@ class Folder:
     def open_teacher(self, path, data):
         """The frozen teacher of a file; refused if it does not fit the data."""
         state = load_checkpoint(path)
-        check_data(path, state["data"], data)
+        try:
+            check_data(path, state["data"], data)
+        except InputError as error:
+            again = f"; or remove {path.parent}, so that a teacher is trained anew"
+            raise InputError(f"{error}{again if self.args.teacher in CNNS else ''}") from error
         with explained(f"the teacher {path} cannot guide", "choose another --teacher"):
             teacher = load_teacher(state)
         about = dict(teacher_model=state["args"]["model"], teacher_epochs=len(state["history"]))
@@ -317,7 +323,9 @@ class Folder:
         """Says what is about to be trained, with what, and how; of a CNN, how long it will take."""
         args, (batch_size, steps), images = self.args, self.count_steps(data), len(data.x_train)
         parameters = sum(p.numel() for p in training.model.parameters())
-        self.origin |= dict(parameters=parameters, steps=steps, data=describe(data))
+        self.origin |= dict(
+            parameters=parameters, steps=steps, data=describe(data), precision=device_in_words
+        )
         if training.projections and args.reduction == "relative":
             self.origin |= dict(guidance_scale=training.projections.scale.item())
             unit = self.origin["guidance_scale"]
@@ -445,8 +453,11 @@ class Progress:
         total = seconds_a_step * self.steps * self.args.epochs
         less = ", less once guidance ends" if self.args.schedule in ("early", "adaptive") else ""
         print(f"expected time: {timedelta(seconds=round(total))}{less}")
-        if total > 3 * 3600:
-            print("That is long. The same method, small enough for a CPU: python train.py --recipe small")
+        if total > 3 * 3600 and self.args.recipe != "small":
+            words = ["python", "train.py", "--recipe", "small"]
+            if self.args.dataset != "cifar100":
+                words += ["--dataset", self.args.dataset, "--data", self.args.data]
+            print(f"That is long. The same method, small enough for a CPU: {quoted(words)}")
 
     def seconds(self):
         """Since the epoch began."""

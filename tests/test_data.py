@@ -337,6 +337,19 @@ def test_a_folder_without_val_and_test_holds_out_a_fifth_of_every_class(tmp_path
     assert every == ["cat", "cat", "mouse"]  # names go with their images
 
 
+def test_files_that_were_renamed_move_the_held_out_part_and_that_is_noticed(tmp_path):
+    """Images are held out by their place in the alphabet: a checkpoint of before must not be measured on others."""
+    save_images(tmp_path / "cat", 10)
+    save_images(tmp_path / "mouse", 10)
+    before = [load("folder", tmp_path, held_out=fraction) for fraction in (None, 0.2)]
+    for i, path in enumerate(sorted((tmp_path / "cat").iterdir())):
+        path.rename(path.with_name(f"{(3 * i + 5) % 10}-anonymous.png"))
+    after = [load("folder", tmp_path, held_out=fraction) for fraction in (None, 0.2)]
+    for old, new in zip(before, after):
+        assert images_of(old.x_test) != images_of(new.x_test)
+        assert old.about["train"] != new.about["train"] and old.about["test"] != new.about["test"]
+
+
 def test_choosing_on_held_out_images_never_looks_at_the_fifth_that_measures_later(tmp_path):
     """Of a folder without val/ and test/, whatever fraction of the rest is held out to choose on."""
     for name, count in (("cat", 10), ("mouse", 15)):

@@ -251,6 +251,18 @@ def test_links_to_files_classes_and_splits_are_followed_and_their_targets_stampe
     assert len(stamps(find_images(root))) == 8
 
 
+def test_a_class_in_a_format_that_pillow_does_not_read_is_not_left_out_in_silence(tmp_path):
+    for folder in (tree(tmp_path / "split"), tree(tmp_path / "whole", [""])):
+        place = folder / "train" if (folder / "train").exists() else folder
+        (place / "tumour").mkdir()
+        for name in ("IM0001", "IM0002.DCM", "notes.txt"):
+            (place / "tumour" / name).write_bytes(b"DICM")
+        assert "Pillow reads no image of class 'tumour': convert them to PNG, or move" in refusal(folder)
+        save(place / "tumour" / "a.png")
+        if place == folder:  # a class as others are; what is not read is counted
+            assert any("dcm" in note for note in find_images(folder).notes)
+
+
 def test_links_in_a_circle_end(tmp_path):
     root = tree(tmp_path / "root")
     save(tmp_path / "beside.png")

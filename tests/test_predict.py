@@ -186,6 +186,12 @@ def test_what_cannot_be_used_is_refused_in_one_line(told, argv, message):
     assert "\n" not in str(stop.value)
 
 
+def test_the_interval_of_an_accuracy_is_wilsons():
+    """Of 10 cases and 5 right 23.7 to 76.3%, of 20 and none 0 to 16.1% (textbook values)."""
+    assert predict.interval(0.5, 10) == pytest.approx((23.7, 76.3), abs=0.05)
+    assert predict.interval(0.0, 20) == pytest.approx((0.0, 16.1), abs=0.05)
+
+
 def test_balanced_accuracy_is_the_mean_over_the_classes_that_occur():
     """99 right of 99, 0 of 1, and a class without images: 50%, not 99%."""
     confusion = torch.tensor([[99, 0, 0], [1, 0, 0], [0, 0, 0]])

@@ -20,6 +20,7 @@ from conftest import HERE, command, easy_cache, process, records, same_runs, sma
 from PIL import Image
 
 import train
+from data import load
 from plumbing import options, runs
 from plumbing.devices import Processes, make_precision
 from plumbing.files import InputError
@@ -196,11 +197,12 @@ def test_before_a_cnn_starts_one_line_tells_its_epochs_steps_and_time(place, mon
     assert f"\ntraining: {told}" in capsys.readouterr().out
 
 
-def told_of(monkeypatch, capsys, seconds_a_step, steps, epoch=0, schedule="early"):
+def told_of(monkeypatch, capsys, seconds_a_step, steps, epoch=0, schedule="early", **changes):
     """What Progress prints in an epoch of the paper's recipe."""
     clock = [100.0]
     monkeypatch.setattr(runs.time, "perf_counter", lambda: clock[0])
     args = train.parse(["--dataset", "cifar100", "--schedule", schedule])
+    vars(args).update(changes)
     for _ in runs.Progress([(None, torch.zeros(128))] * steps, args, epoch, steps, torch.device("cpu")):
         clock[0] += seconds_a_step
     return capsys.readouterr().out
@@ -213,6 +215,10 @@ def test_a_run_of_days_says_so_after_four_steps_and_names_a_smaller_command(monk
         "That is long. The same method, small enough for a CPU: python train.py --recipe small",
     ]
     assert train.parse(["--recipe", "small"])  # it is a command that exists
+    args = dict(dataset="folder", data="my images", recipe="paper")
+    told = told_of(monkeypatch, capsys, 10.0, 390, **args)
+    assert told.endswith("CPU: python train.py --recipe small --dataset folder --data 'my images'\n")
+    assert "That is long" not in told_of(monkeypatch, capsys, 10.0, 390, recipe="small")
 
 
 def test_the_expected_time_of_shorter_runs_and_other_schedules(monkeypatch, capsys):
@@ -531,10 +537,34 @@ def test_a_teacher_that_does_not_fit_is_refused(place, monkeypatch, change, mess
 
 
 def test_the_same_images_under_other_class_names_are_the_same_data(place, monkeypatch):
-    """An own cache of CIFAR-100 has no names, torchvision's archive has: a teacher fits both."""
+    """An own cache of CIFAR-10 has no names, torchvision's archive has: a teacher fits both. Other data sets have no
+    order of classes of their own: there the names must agree."""
     change_checkpoint("teacher/last.pt", lambda state: state["data"].update(class_names=list("abcdefghij")))
     command(monkeypatch, *GUIDED, "--out", "run")
     assert len(records("run")[1]) == 3
+    state = torch.load("teacher/last.pt")
+    own = load("cifar10")
+    own = own._replace(about=own.about | dict(dataset="folder"))
+    with pytest.raises(InputError, match="what differs: classes. Choose"):
+        runs.check_data("last.pt", state["data"] | dict(dataset="folder"), own)
+
+
+def test_a_teacher_made_automatically_of_other_images_is_refused_with_the_folder_to_remove(
+    place, monkeypatch
+):
+    """As after a folder was split anew: nobody chose that teacher."""
+    command(monkeypatch, *MINI, "--teacher", "resnet8", "--epochs", 1, "--out", "run")
+    easy_cache(Path("data/cifar10.npz"), 150)
+    with pytest.raises(
+        SystemExit, match="remove runs/cifar10-resnet8-seed0, so that a teacher is trained anew"
+    ):
+        command(monkeypatch, *MINI, "--teacher", "resnet8", "--epochs", 1, "--out", "again")
+
+
+def test_a_weak_augmentation_is_the_automatic_teachers_too():
+    for words, expected in ((["--augment", "weak"], "weak"), ([], "strong")):
+        theirs = options.of_teacher(train.parse(["--recipe", "small", *words]), train.RECIPES)
+        assert theirs.augment == expected
 
 
 def test_a_teacher_that_has_seen_held_out_images_is_refused_and_the_automatic_one_does_not(
@@ -672,6 +702,8 @@ def test_weights_in_half_precision_are_a_small_file_that_guides_and_is_recognise
     )
     with pytest.raises(InputError, match="a weight of handed/out.pt is too large for half precision"):
         runs.write_weights("handed/out.pt", "handed/again.pt")
+    with pytest.raises(InputError, match="handed/out.pt exists already: choose another name"):
+        runs.write_weights("handed/out.pt", "handed/out.pt")
 
 
 # ------------------------------------------------------------------------------------------ several processes
