@@ -83,7 +83,7 @@ def test_the_tables_of_the_readme_are_those_of_the_logs():
     seeds, shown = [seed.strip() for seed in table[1].split("|")], {}
     for line in table[2].splitlines():
         row, *values = [cell.strip() for cell in line.strip("|").split("|")]
-        name = "resnet8" if row == "the teacher" else f"deit_mini-{row.replace(' ', '-')}"
+        name = "resnet8" if row == "the teacher" else f"deit_mini-{row.replace(', beta ', '-')}"
         shown |= {f"{name}-seed{seed}": value for seed, value in zip(seeds, values, strict=True) if value}
     assert shown == {run: f"{line['val_acc']:.2f}" for run, line in last.items()}
     assert {len(records_of(path)) for path in (HERE / "results/claim/test").glob("deit*.jsonl")} == {61}
