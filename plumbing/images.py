@@ -97,11 +97,6 @@ def check_classes(folders, images, unread, notes):
     """The names of the classes: at least two, each with images in every split; `unread` have some in odd formats."""
     classes = sorted({name for named in images.values() for name, paths in named.items() if paths})
     barren = sorted(set().union(*images.values()).difference(classes))
-    if odd := unread.intersection(barren):  # one class less, which nobody might notice
-        names = some(map(repr, sorted(odd)))
-        raise InputError(
-            f"Pillow reads no image of class {names}: convert them to PNG, or move the folder away"
-        )
     notes += [f"left out: class folders without images: {some(map(repr, barren))}"] if barren else []
     odd = {split: [repr(name) for name in classes if not images[split].get(name)] for split in folders}
     odd = [f"{folders[split].name}/ has no images of class {some(odd[split])}" for split in odd if odd[split]]
@@ -110,6 +105,12 @@ def check_classes(folders, images, unread, notes):
     if len(classes) < 2:
         has = f"only the class {classes[0]!r}" if classes else "no class folder with images"
         raise InputError("; ".join([f"{folders['train']} has {has}, two or more are needed", LAYOUT, *notes]))
+    if lost := some(
+        repr(name) for name in barren if name in unread
+    ):  # one class less, which nobody might notice
+        raise InputError(
+            f"Pillow reads no image of class {lost}: convert them to PNG, or move the folder away"
+        )
     return classes
 
 

@@ -251,7 +251,7 @@ def test_processes_meet_before_anything_is_fetched_or_trained(small_glyphs, monk
 
 def test_a_compiled_run_may_go_on_without_compiling(small_glyphs, monkeypatch):
     """Where compilation fails on another machine, the message says --no-compile."""
-    monkeypatch.setattr(torch, "compile", lambda network: network)
+    monkeypatch.setattr(torch, "compile", lambda network, mode: network)
     run = ("--model", "resnet8", "--epochs", 2, "--out", "run")
     command(monkeypatch, *run, "--compile")
     command(monkeypatch, *run, "--no-compile", "--resume")

@@ -553,6 +553,8 @@ def test_a_teacher_made_automatically_of_other_images_is_refused_with_the_folder
     place, monkeypatch
 ):
     """As after a folder was split anew: nobody chose that teacher."""
+    monkeypatch.setitem(train.RECIPES["paper"], "cnn_epochs", 4)
+    monkeypatch.setitem(train.RECIPES["paper"], "cnn_batch_size", 16)
     command(monkeypatch, *MINI, "--teacher", "resnet8", "--epochs", 1, "--out", "run")
     easy_cache(Path("data/cifar10.npz"), 150)
     with pytest.raises(
