@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module):
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"expected images of shape (B, 3, {size}, {size}), got {tuple(images.shape)}")
         # patch_embed as a matrix product: on an H200 its own kernels took 0.7 of the 8.2 ms of a step
-        (proj,), grid, p = self.patch_embed, self.grid, size // self.grid
+        proj, grid, p = self.patch_embed.proj, self.grid, size // self.grid
         x = images.view(B, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)  # (B, row, column, 3, p, p)
         x = F.linear(x.reshape(B, grid**2, 3 * p * p), proj.weight.flatten(1), proj.bias)  # (B, N, D)
         x = torch.cat((self.cls_token.expand(B, -1, -1), x), dim=1) + self.pos_embed  # (B, 1 + N, D)

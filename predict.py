@@ -60,10 +60,8 @@ def name_images(found, paths, names, top):
 
 def interval(share, count, z=1.96):
     """Wilson's 95% interval, in %, of a share that was found among so many independent cases."""
-    middle, half = (
-        share + z**2 / (2 * count),
-        z * math.sqrt(share * (1 - share) / count + (z / count) ** 2 / 4),
-    )
+    middle = share + z**2 / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     return tuple(100 * (middle + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
 
 
@@ -72,9 +70,7 @@ def tell_by_class(confusion, names):
     accuracy, balanced = accuracies(confusion)
     low, high = interval(accuracy / 100, confusion.sum().item())
     print(f"accuracy {accuracy:.2f}%, balanced accuracy {balanced:.2f}% (the mean over the classes)")
-    print(
-        f"with so many images, and if these are independent, accuracy is known to lie in {low:.1f} to {high:.1f}%"
-    )
+    print(f"95% interval of the accuracy, if the images are independent: {low:.1f} to {high:.1f}%")
     print(f"{'class':<24} {'images':>7} {'right':>7}  most often taken for")
     for k, name in enumerate(names):
         total, right = confusion[k].sum().item(), confusion[k, k].item()

@@ -50,7 +50,7 @@ def pick_device(name, amp):
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # it tries its algorithms for a convolution, once
+        torch.backends.cudnn.benchmark = True  # sizes are fixed, so cuDNN tries its convolutions once
     if device.type == "cuda" and dtype == torch.float32:
         torch.set_float32_matmul_precision("high")  # TF32: the matrix units round, sums stay in float32
     words = f"{device} ({why}); {str(dtype).removeprefix('torch.')} ({why_dtype})"
@@ -129,7 +129,7 @@ def synchronize(device):
 
 
 def pick_compile(asked, device, steps):
-    """Whether to compile (asked: True, False or None), and the reason in words. On an H200 it took up to 45 s and saved
+    """Whether to compile (asked: True, False or None), and the reason in words. On an H200 it took up to 46 s and saved
     9 ms a step, so it pays in long runs only."""
     if asked is not None:
         return asked, f"{'torch.compile' if asked else 'eager'} (as asked)"

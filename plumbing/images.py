@@ -24,15 +24,8 @@ SPLITS |= {name + tail: split for name, split in SPLITS.items() for tail in TAIL
 Image.init()  # all readers but those that decode nothing, and EPS's, which starts Ghostscript; MPO is a JPEG
 FORMATS = [name for name in Image.OPEN if name not in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")]
 ENDINGS = {end for end, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
-OTHERS = {
-    "",
-    ".dcm",
-    ".dicom",
-    ".nii",
-    ".svs",
-    ".ndpi",
-    ".heic",
-}  # images it does not read; DICOM may have no ending
+# Images that it does not read; a DICOM file may have no ending
+OTHERS = {"", ".dcm", ".dicom", ".nii", ".svs", ".ndpi", ".heic"}
 # The orientation in EXIF's list of tags, 12 bytes each. Pillow's reader may stop at a damaged tag before it
 TURN = re.compile(b"(?s)(?:Exif..)*.{10}(?:.{12}){,30}?(?:\x12\1\3\0\1\0\0\0|\1\x12\0\3\0\0\0\1\0)([\1-\10])")
 # A small file can hold an image that fills the memory: above 89 million pixels, where Pillow warns, we refuse
@@ -105,12 +98,9 @@ def check_classes(folders, images, unread, notes):
     if len(classes) < 2:
         has = f"only the class {classes[0]!r}" if classes else "no class folder with images"
         raise InputError("; ".join([f"{folders['train']} has {has}, two or more are needed", LAYOUT, *notes]))
-    if lost := some(
-        repr(name) for name in barren if name in unread
-    ):  # one class less, which nobody might notice
-        raise InputError(
-            f"Pillow reads no image of class {lost}: convert them to PNG, or move the folder away"
-        )
+    lost = some(repr(name) for name in barren if name in unread)
+    if lost:  # one class less, which nobody might notice
+        raise InputError(f"Pillow reads no image of class {lost}: convert it to PNG, or move the folder away")
     return classes
 
 

@@ -171,15 +171,14 @@ def of_teacher(args, recipes):
     argv = [f"--{key}={getattr(args, key)}" for key in ("recipe", "dataset", "seed")]
     argv.append(f"--model={args.teacher}")
     defaults = dict(data="data", classes=None, held_out=None, device="auto")
+    defaults["augment"] = recipes[args.recipe][
+        "augment"
+    ]  # what spoils the student's images spoils the teacher's
     if args.dataset == "glyphs":
         del defaults["data"]  # it has no effect there, which would be noted
     for key, default in defaults.items():
         if getattr(args, key) != default:
             argv.append(f"--{key.replace('_', '-')}={getattr(args, key)}")
-    if (
-        args.augment != recipes[args.recipe]["augment"]
-    ):  # what spoils the student's images spoils the teacher's
-        argv.append(f"--augment={args.augment}")
     for key in ("amp", "compile"):
         if getattr(args, key) is not None:
             argv.append(f"--{key}" if getattr(args, key) else f"--no-{key}")

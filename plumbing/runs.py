@@ -89,10 +89,7 @@ def write_weights(checkpoint, path):
     if os.path.exists(path):
         raise InputError(f"{path} exists already: choose another name")
     state = load_checkpoint(checkpoint)
-    model = {
-        name: tensor.half() if tensor.is_floating_point() else tensor
-        for name, tensor in state["model"].items()
-    }
+    model = {name: t.half() if t.is_floating_point() else t for name, t in state["model"].items()}
     if not all(tensor.isfinite().all() for tensor in model.values()):
         raise InputError(f"a weight of {checkpoint} is too large for half precision: use the file itself")
     gone = dict.fromkeys(("projections", "optimizer", "scheduler", "scaler", "generator"))
@@ -323,9 +320,9 @@ class Folder:
         """Says what is about to be trained, with what, and how; of a CNN, how long it will take."""
         args, (batch_size, steps), images = self.args, self.count_steps(data), len(data.x_train)
         parameters = sum(p.numel() for p in training.model.parameters())
-        self.origin |= dict(
-            parameters=parameters, steps=steps, data=describe(data), precision=device_in_words
-        )
+        self.origin |= dict(parameters=parameters, steps=steps, data=describe(data))
+        if not training.history:  # else it says how the run was begun
+            self.origin |= dict(precision=device_in_words)
         if training.projections and args.reduction == "relative":
             self.origin |= dict(guidance_scale=training.projections.scale.item())
             unit = self.origin["guidance_scale"]

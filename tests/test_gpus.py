@@ -115,7 +115,9 @@ def test_precision_follows_what_the_gpu_can_do(monkeypatch, capability, amp, dty
     monkeypatch.setattr(devices, "open_device", lambda name: (torch.device("cuda"), "a GPU was found"))
     matmul = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", matmul.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     _, precision, words = devices.pick_device("auto", amp)
+    assert torch.backends.cudnn.benchmark
     assert precision.scaler.is_enabled() == (dtype == torch.float16)
     assert precision.autocast._enabled == (dtype != torch.float32)
     assert matmul == (["high"] if dtype == torch.float32 else [])
@@ -255,3 +257,4 @@ def test_a_compiled_run_may_go_on_without_compiling(small_glyphs, monkeypatch):
     run = ("--model", "resnet8", "--epochs", 2, "--out", "run")
     command(monkeypatch, *run, "--compile")
     command(monkeypatch, *run, "--no-compile", "--resume")
+    assert records("run")[0]["precision"].endswith("; torch.compile (as asked)")  # as it was begun

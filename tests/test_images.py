@@ -257,7 +257,7 @@ def test_a_class_in_a_format_that_pillow_does_not_read_is_not_left_out_in_silenc
         (place / "tumour").mkdir()
         for name in ("IM0001", "IM0002.DCM", "notes.txt"):
             (place / "tumour" / name).write_bytes(b"DICM")
-        assert "Pillow reads no image of class 'tumour': convert them to PNG, or move" in refusal(folder)
+        assert "Pillow reads no image of class 'tumour': convert it to PNG, or move" in refusal(folder)
         save(place / "tumour" / "a.png")
         if place == folder:  # a class as others are; what is not read is counted
             assert any("dcm" in note for note in find_images(folder).notes)
