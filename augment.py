@@ -40,7 +40,7 @@ OPERATIONS = (
 )
 MOVES = OPERATIONS[:5]
 FILL = tuple(round(255 * mean) for mean in MEAN)  # what they bring in from outside the image
-# Bytes for the images that are augmented at once, in whole batches: the more, the fewer kernels are launched
+# Bytes to spend on augmenting several batches at once: more memory, fewer kernel launches
 AT_ONCE = {"cpu": 2**27, "cuda": 3 * 2**28, "mps": 2**28}
 
 
@@ -96,7 +96,7 @@ def batches(x, y, batch_size, size, generator, strength="strong", rank=0, ranks=
         size: side of the augmented images, in pixels.
         generator: a torch.Generator on the CPU, the only source of randomness.
         strength: as in `draw`.
-        rank, ranks: of so many processes this one gets its equal part of every batch. All draw alike.
+        rank, ranks: this process's number, of how many: each takes an equal part of every batch; all draw alike.
 
     Yields:
         images float32 (batch_size / ranks, 3, size, size), labels, on the device of x and y.
@@ -119,7 +119,7 @@ def batches(x, y, batch_size, size, generator, strength="strong", rank=0, ranks=
 
 
 def send(tensor, device):
-    """Copies a tensor of the host to the device. Only CUDA may go on meanwhile: on Apple's GPUs the memory of a
+    """Copies a tensor of the host to the device. Only CUDA copies asynchronously: on Apple's GPUs the memory of a
     temporary tensor may be used again before it was read (pytorch issues 189690, 139550, 83015)."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 

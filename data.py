@@ -1,7 +1,7 @@
 """Tiny data sets, held in memory whole: one uint8 tensor (N, 3, S, S) and its labels, no DataLoader, no workers.
 
-What was decoded or downloaded is cached as <root>/<name>.npz. A cache that was made from files is good for just
-these files; one without a list of files, such as a user's own, is used as it is and the network is never asked.
+What was decoded or downloaded is cached as <root>/<name>.npz. A cache that was made from files is used only
+while those are unchanged; one without a list of files, such as your own, as it is, and nothing is downloaded.
 """
 
 import hashlib
@@ -54,8 +54,8 @@ class Part(NamedTuple):
     names: list
 
     def only(self, keep, which=""):
-        """The images where `keep` (N,) is true. `which` names a choice by place, which moves with the files' names: the
-        digest then tells the chosen images from others."""
+        """The images where `keep` (N,) is true. A choice by place, which depends on the files' names, is named by
+        `which`: the digest then covers the chosen images themselves."""
         if keep.all():
             return self  # a copy might not fit into memory
         x, names = self.x[keep], list(compress(self.names, keep))
@@ -107,7 +107,7 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
         held = hold_out(train.y, held_out)
         test = train.only(held, "held out") if split == "test" else test
         train = train.only(~held, "but for held-out")
-    report_copies(name, train.x, test.x, "test" if held_out is None else "held-out")
+    report_copies(name, train.x, test.x, "test" if held_out is None or split == "other" else "held-out")
     about = dict(dataset=name, class_names=class_names, held_out=held_out)
     about |= dict(train=train.digest, test=test.digest)
     tensors = [
@@ -119,7 +119,7 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
 
 
 def report_copies(name, x_train, x_test, kind):
-    """Says so where images that measure are trained on too; in a folder they are most likely copied by mistake."""
+    """Warns when test images are training images too; in a folder they were most likely copied by mistake."""
     seen = {hash(image.tobytes()) for image in x_train}
     known = sum(hash(image.tobytes()) in seen for image in x_test)
     if known:
@@ -144,7 +144,7 @@ def hold_out(labels, fraction):
 
 
 def open_source(name, root):
-    """A data set from its cache; where there is none, or it is of other files, made anew and cached."""
+    """A data set from its cache; or made and cached, where there is none or its files have changed."""
     if name == "glyphs":  # by version: another Pillow draws letters a few levels differently
         arrays = glyphs()
         digests = ["glyphs 1, training", "glyphs 1, test"]
@@ -281,11 +281,12 @@ def fetch(make, root, name, part):
 
 def chaoyang(root):
     """The images of Chaoyang (Zhu et al., IEEE TMI 2021), in its official split: 4,021 + 2,139 images."""
-    root, splits = root.resolve(), {}
+    root, splits = Path(os.path.abspath(root)), {}  # which follows links, as `resolve` does not
     for split, kind in (("train", "train"), ("test", "val")):
         file = root / f"{split}.json"
         try:
-            pairs = [((root / row["name"]).resolve(), row["label"]) for row in json.loads(file.read_text())]
+            rows = json.loads(file.read_text())
+            pairs = [(Path(os.path.abspath(root / row["name"])), row["label"]) for row in rows]
             bad = [
                 (file, label)
                 for file, label in pairs

@@ -29,7 +29,7 @@ class Guidance(nn.Module):
             so that in each layer sum = C_i * mean. beta = 2.5 was tuned with the mean; with the sum the same
             beta guides 16 to 64 times harder and favours the deep layers. So "mean" is the default.
             "relative" is the mean over `scale`, which `measure` sets: 1 for a student whose maps are zero, 0
-            for a perfect copy. The mean has the teacher's features squared as its unit, and small teachers
+            for a perfect copy. The mean is in units of the teacher's features squared, and small teachers
             have small features; in this form one beta guides equally hard whatever the teacher.
     """
 
@@ -51,7 +51,7 @@ class Guidance(nn.Module):
     def measure(self, student_features, teacher_features):
         """Sets `scale` for "relative": the teacher's mean squares as they are compared, summed over the layers.
 
-        Args: maps as in `forward`; the student's only tell their sizes, so one image of them is enough.
+        Args: maps as in `forward`; of the student's only the sizes matter, so one image of them is enough.
         """
         scale = 0.0
         for student, teacher in zip(student_features, teacher_features):
@@ -70,8 +70,8 @@ class Guidance(nn.Module):
             )
         loss = 0.0
         for project, student, teacher in zip(self.projections, student_features, teacher_features):
-            # (B, D, h, w) -> (B, C_i, h, w): a 1x1 convolution and a resize commute, this order is cheaper
-            # in the precision of the maps: under autocast they may be bfloat16 while the projections are not
+            # (B, D, h, w) -> (B, C_i, h, w): a 1x1 convolution and a resize commute; this order is cheaper.
+            # In the precision of the maps, which may be bfloat16 where the projections are not
             weight, bias = project.weight.to(student.dtype), project.bias.to(student.dtype)
             student = F.conv2d(student, weight, bias).float()
             teacher = teacher.detach().float()
@@ -120,7 +120,7 @@ def beta_at(schedule, epoch, epochs, beta=2.5, guide_epochs=None):
 
 
 class AdaptiveStop:
-    """When to end guidance, by Adaptive Locality Guidance (IEEE TNNLS 2025, doi 10.1109/TNNLS.2024.3515076).
+    """Ends guidance once its loss hardly falls (Adaptive Locality Guidance, IEEE TNNLS, 10.1109/TNNLS.2024.3515076).
 
     L(e) is the mean guidance loss of epoch e = 1, 2, ... (mean form, without beta), W the window. The slope
 

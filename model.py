@@ -67,17 +67,7 @@ class VisionTransformer(nn.Module):
         ValueError: sizes that do not divide, guided blocks that do not exist, images of another shape.
     """
 
-    def __init__(
-        self,
-        num_classes,
-        image_size=224,
-        patch_size=16,
-        width=192,
-        depth=12,
-        heads=3,
-        guided_blocks=(0, 6, 11),
-        drop_path=0.1,
-    ):
+    def __init__(self, num_classes, image_size, patch_size, width, depth, heads, guided_blocks, drop_path):
         super().__init__()
         sizes = dict(num_classes=num_classes, image_size=image_size, patch_size=patch_size)
         for name, value in (sizes | dict(width=width, depth=depth, heads=heads)).items():

@@ -8,6 +8,7 @@ Logs alone will do: results/glyphs/*.jsonl. Curves show the mean of the seeds an
 do not belong with most of the others are left out, and named; so are figures that need other runs.
 """
 
+import glob
 import json
 import os
 import re
@@ -28,6 +29,7 @@ except ModuleNotFoundError:
 from augment import MEAN, STD, prepare
 from data import load
 from guidance import Guidance
+from model import VisionTransformer
 from plumbing.files import InputError, explained, write_whole
 from plumbing.options import WITHOUT_EFFECT, Options, command_line
 from plumbing.runs import load_checkpoint, require, restore
@@ -403,16 +405,21 @@ def look(rows, out, count=64):
     for i, (name, run) in enumerate(students.items()):
         model, state = restore(run.path.with_name("last.pt"))
         images, patch = prepare(chosen, run.args["image_size"]), run.args["patch_size"]
-        far = torch.stack([attention_distance(w, patch) for w in attention(model.eval(), images)])
+        model.eval()
+        if state["projections"]:
+            draw_maps(name, model, state, images[1::16], out)
+        if not isinstance(model, VisionTransformer):
+            print(f"no attention of {name}: it is drawn for the transformers of model.py only")
+            continue
+        far = torch.stack([attention_distance(w, patch) for w in attention(model, images)])
         blocks = torch.arange(len(far)) + 0.8 * ((i + 0.5) / len(students) - 0.5)  # rows side by side
         label = [f"{name}: mean {far.nanmean():.1f} px"] + ["_"] * (far.shape[1] - 1)
         axes.plot(blocks, far, **looks[name] | {"linestyle": "none"}, alpha=0.8, label=label)
         alike = attention_distance(torch.ones(1, 1, 1 + model.grid**2, 1 + model.grid**2), patch)
         axes.axhline(alike.item(), color="grey", linewidth=1)
-        if state["projections"]:
-            draw_maps(name, model, state, images[1::16], out)
     axes.set(xlabel="block (grey: attention to all patches alike)", ylabel="distance of each head, pixels")
-    save(figure, out / "attention.png", axes)
+    if axes.lines:
+        save(figure, out / "attention.png", axes)
 
 
 @torch.no_grad()
@@ -476,7 +483,9 @@ def main():
     parser.add_argument("--untimed", action="store_true", help="leave times out, as they say nothing")
     parser.add_argument("--look", action="store_true", help="also draw from checkpoints, inside the networks")
     args = parser.parse_args()
-    rows, out, timed = read_rows(args.runs), Path(args.out), not args.untimed
+    # cmd and PowerShell leave patterns to the program
+    found = [[run] if os.path.exists(run) else sorted(glob.glob(run)) or [run] for run in args.runs]
+    rows, out, timed = read_rows(sum(found, [])), Path(args.out), not args.untimed
     text = "\n".join(filter(None, (table(rows, timed), why(rows), paired(rows))))
     write_whole(out / "table.md", lambda file: file.write(text.encode()))
     print(text)

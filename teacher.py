@@ -103,7 +103,7 @@ CNNS = {"resnet56": resnet56, "resnet20": resnet20, "resnet8": resnet8, "resnet1
 
 
 def load_teacher(checkpoint):
-    """The network of a checkpoint that has been read already (a dict, as train.py saves it), ready to guide.
+    """The network of a loaded checkpoint (a dict, as train.py saves it), frozen and ready to guide.
     ValueError if it is not a small ResNet trained at 32 px."""
     name, size = checkpoint["args"]["model"], checkpoint["args"]["image_size"]
     if size != TEACHER_SIZE or name not in CNNS or name == "resnet18":

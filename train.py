@@ -7,7 +7,7 @@ Usage:
 
     L = L_cls + beta * L_guidance      beta (`beta_at`) falls to 0; from then on the teacher is never called
 
-What makes it work, and its effect where that was measured (on a CPU, but for 5; see results/README.md):
+What makes it work, and its effect where that was measured (on a CPU, except item 5; see results/README.md):
     1. A small CNN guides early: on the generated images 24% alone and 94% guided, three seeds.
     2. The data set lies on the device whole, and batches are augmented there (augment.py): 1.6 times as many
        images/s at 224 px as timm's transforms on Pillow images in two workers, 5 times as many at 32 px.
@@ -35,7 +35,7 @@ from plumbing.devices import Processes, join_processes, pick_compile, pick_devic
 from plumbing.files import InputError, explained
 from teacher import CNNS, TEACHER_SIZE, ResNet
 
-DEFAULTS = {  # by recipe: "paper" is the LG code's but for the schedule, "small" its like for a CPU
+DEFAULTS = {  # by recipe: "paper" is the public code's except for the schedule, "small" its like for a CPU
     "recipe": ("paper", "small", "glyphs"),
     "dataset": ("cifar100", "cifar100", "glyphs"),
     "classes": (None, 20, None),
@@ -62,12 +62,12 @@ def train_epoch(student, teacher, guidance, optimizer, scheduler, batches, beta,
     With beta = 0 neither the teacher nor the projections are called, and the step is plain cross-entropy.
 
     Returns:
-        Means over the epoch: cross-entropy, guidance loss (0 where beta is), accuracy in %.
+        Means over the epoch: cross-entropy, guidance loss (0 if beta is 0), accuracy in %.
     """
     student.train()
     sums = 0.0  # on the device, so that the host waits for it once, at the end
     for step, (images, labels) in enumerate(batches, start=1):  # (B, 3, S, S), (B,)
-        optimizer.zero_grad()  # here, as a forward pass can use the gradients' memory
+        optimizer.zero_grad()  # here, so that the forward pass can reuse the gradients' memory
         with precision.autocast:
             logits, features = student(images)  # (B, classes), three of (B, D, S / patch, S / patch)
             loss_cls = F.cross_entropy(logits, labels)
@@ -90,7 +90,7 @@ def train_epoch(student, teacher, guidance, optimizer, scheduler, batches, beta,
 @torch.no_grad()
 def evaluate(model, images, labels, image_size, precision, as_teacher=False, processes=Processes()):
     """How often each class is taken for which, on test images prepared at image_size, or `as_teacher` sees them
-    while it guides: (K, K) counts, true class by predicted class. Of several processes each looks at its part."""
+    while it guides: (K, K) counts, true class by predicted class. Each process evaluates its share."""
     model.eval()
     images, labels = images[processes.rank :: processes.count], labels[processes.rank :: processes.count]
     counts = 0
@@ -106,7 +106,7 @@ def evaluate(model, images, labels, image_size, precision, as_teacher=False, pro
 
 
 def warm_up_epochs(epochs):
-    """Epochs in which a transformer's learning rate rises: 20 of 300, as many in proportion of others."""
+    """Epochs in which a transformer's learning rate rises: 20 of 300, and in proportion for other lengths."""
     return max(1, round(epochs / 15))
 
 
@@ -138,7 +138,7 @@ def make_optimizer(model, guidance, lr, fused=True):
 
 
 def trained_teacher(args):
-    """The file of the teacher, which is trained now if only its network is named and it has not been yet."""
+    """The teacher's checkpoint. If --teacher names a network, not a file, it is trained first, unless it has been."""
     if args.teacher not in CNNS:
         return Path(args.teacher)
     theirs = options.of_teacher(args, RECIPES)
@@ -169,7 +169,7 @@ def measure_scale(guidance, student, teacher, data, image_size, precision):
 
 
 class Training:
-    """What changes while a run trains, which is what its checkpoint holds."""
+    """Everything that changes during training, and so everything that a checkpoint holds."""
 
     def __init__(self, args, num_classes, steps, channels, precision, device):
         torch.manual_seed(args.seed)  # the first weights
@@ -241,7 +241,7 @@ def train(args, processes=Processes()):
             measure_scale(now.projections, now.model, teacher, data, args.image_size, precision)
     compiled, compiled_in_words = pick_compile(args.compile, device, steps * args.epochs)
     folder.announce(data, now, f"{in_words}; {compiled_in_words}", precision)
-    # what is saved, and evaluated, are the plain networks
+    # the plain networks are what is saved and evaluated
     student, teacher, guidance = processes.wrap(now.model, teacher, now.projections, compiled, precision)
 
     for epoch in range(len(now.history), args.epochs):

@@ -210,7 +210,7 @@ class Processes(NamedTuple):
 
 
 def join_processes(args):
-    """Makes this process one of those that torchrun has started for one run, before any of them does anything.
+    """Joins the processes that torchrun has started for one run, before any of them does anything.
 
     Only the first one prints.
     """

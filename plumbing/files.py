@@ -17,7 +17,7 @@ class InputError(ValueError):
 
 @contextmanager
 def explained(problem, remedy):
-    """Turns what the body raises, on input that does not fit, into one line: problem (Python's words); remedy."""
+    """Turns what the body raises, on input that does not fit, into one line: problem (Python's message); remedy."""
     try:
         yield
     except InputError:

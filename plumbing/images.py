@@ -125,7 +125,7 @@ def find_splits(top, rows, notes):
 
 def unpacked(root):
     """`root`, or the folder below it that an archive was unpacked to, the parts and path of each file there, and the
-    names of the folders that are passed by."""
+    names of the folders that are skipped."""
     try:
         rows = [(path.relative_to(root).parts, path) for path in walk(root, set(root.resolve().parents))]
     except OSError as error:
@@ -158,7 +158,7 @@ def some(items, most=5):
 
 def stamps(listing):
     """A line for each file that `decode` reads, its place in the folder first: a cache is good for just these files.
-    An exchange of two files, or folders, of the same sizes and times shows in the number or change time of a file."""
+    Two files, or folders, of the same sizes and times that were swapped differ in inode or change time."""
     lines = []
     for split, pairs in listing.splits.items():
         for path, y in pairs:

@@ -171,9 +171,8 @@ def of_teacher(args, recipes):
     argv = [f"--{key}={getattr(args, key)}" for key in ("recipe", "dataset", "seed")]
     argv.append(f"--model={args.teacher}")
     defaults = dict(data="data", classes=None, held_out=None, device="auto")
-    defaults["augment"] = recipes[args.recipe][
-        "augment"
-    ]  # what spoils the student's images spoils the teacher's
+    # what would spoil the student's images would spoil the teacher's
+    defaults["augment"] = recipes[args.recipe]["augment"]
     if args.dataset == "glyphs":
         del defaults["data"]  # it has no effect there, which would be noted
     for key, default in defaults.items():
@@ -197,7 +196,7 @@ def command_line(program):
         sys.stdout.flush()  # here and not while Python ends, where nothing could be caught
     except InputError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    except BrokenPipeError:  # nobody reads on, as behind `| head`
+    except BrokenPipeError:  # the reader has gone, as with `| head`
         give_up_stdout()
         sys.exit(1)
     except (MemoryError, RuntimeError, OSError) as error:

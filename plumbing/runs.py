@@ -133,8 +133,8 @@ def check_data(path, was, data, but_for=()):
 
 @contextmanager
 def locked(folder, wait=False):
-    """No other process trains into the folder meanwhile: one that does is refused, or waited for. The lock goes
-    with the process, however it ends."""
+    """Holds the folder's lock: no other process trains into it meanwhile. One that has it is waited for, or makes
+    this an error. The lock goes with its process, however that ends."""
     with explained(f"cannot write into {folder}", "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # not the log, which every epoch replaces
@@ -280,14 +280,16 @@ class Folder:
         with explained(f"the teacher {path} cannot guide", "choose another --teacher"):
             teacher = load_teacher(state)
         about = dict(teacher_model=state["args"]["model"], teacher_epochs=len(state["history"]))
+        about |= dict(teacher_augment=state["args"]["augment"])
         about |= dict(teacher_crc=weights_crc(state), teacher_command=state["origin"]["command"])
         self.origin |= dict(teacher=str(path)) | about
         return teacher
 
     def accept_teacher(self, confusion, data):
-        """Takes what the teacher makes of the very tensors that it would guide with, (K, K) counts; refuses one at
-        chance: on the mean over the classes, so that always answering the commonest one is chance too."""
-        name, path, epochs = (self.origin[key] for key in ("teacher_model", "teacher", "teacher_epochs"))
+        """Notes the teacher's accuracy, from (K, K) counts, on exactly the tensors that it will see; refuses one at
+        chance, by the mean over the classes, so that always answering the commonest class does not pass."""
+        words = ("teacher_model", "teacher", "teacher_epochs", "teacher_augment")
+        name, path, epochs, augment = (self.origin[key] for key in words)
         accuracy, balanced = accuracies(confusion)
         present = (confusion.sum(dim=1) > 0).sum().item()
         if present > 1 and balanced < 100 / present + 1:
@@ -298,8 +300,8 @@ class Folder:
                 f"--epochs {2 * epochs} --out {folder}; then run this command again"
             )
         print(
-            f"teacher: {name} of {path}, trained for {epochs} epochs; it gets {accuracy:.2f}% of the "
-            f"{measured_on(data)} images right, as it sees them while it guides"
+            f"teacher: {name} of {path}, trained for {epochs} epochs with {augment} augmentation; it gets "
+            f"{accuracy:.2f}% of the {measured_on(data)} images right, as it sees them while it guides"
         )
         self.origin |= dict(teacher_acc=accuracy)
 
@@ -437,7 +439,7 @@ class Progress:
             if self.epoch == 0 and step == 4:
                 synchronize(self.device)
                 self.project((self.seconds() - first) / 3)
-            if sys.stdout.isatty() and step:
+            if sys.stdout.isatty() and step and (self.epoch or step > 4):  # below what `project` says
                 speed = step * len(batch[1]) / self.seconds()
                 shown = f"epoch {self.epoch}, step {step} of {self.steps}: {speed:.0f} images/s"
                 print(shown, end="  \r", flush=True)

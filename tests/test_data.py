@@ -419,6 +419,13 @@ def test_chaoyang_is_read_in_its_own_layout(tmp_path):
     assert np.array_equal(loaded.x_test[2].permute(1, 2, 0).numpy(), expected)
 
 
+def test_chaoyangs_images_may_lie_elsewhere_behind_a_link(tmp_path):
+    chaoyang_tree(tmp_path / "set")
+    (tmp_path / "set" / "train").rename(tmp_path / "elsewhere")
+    (tmp_path / "set" / "train").symlink_to(tmp_path / "elsewhere")
+    assert len(load("chaoyang", tmp_path / "set").x_train) == 4
+
+
 @pytest.mark.parametrize(
     "listed, message",
     [

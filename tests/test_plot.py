@@ -5,6 +5,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from conftest import HERE, command, few_glyphs
 from PIL import Image
+from torch import nn
 
-from model import deit_mini
+from model import TRANSFORMERS, deit_mini
 from plumbing.files import InputError
 from plumbing.options import command_line
 from teacher import resnet8
@@ -571,6 +573,36 @@ def test_look_draws_the_inside_of_every_row_from_checkpoints(plot, small_glyphs,
     Path("9/last.pt").unlink()
     with pytest.raises(SystemExit, match="error: there is no file 9/last.pt"):
         run_plot(plot, monkeypatch, *look)
+
+
+def test_look_leaves_out_the_attention_of_other_peoples_transformers(plot, small_glyphs, monkeypatch, capsys):
+    class Pooled(nn.Module):
+        feature_channels = (3, 3, 3)
+
+        def __init__(self, num_classes, image_size, patch_size):
+            super().__init__()
+            self.head = nn.Linear(3, num_classes)
+
+        def forward(self, images):
+            return self.head(images.mean(dim=(2, 3))), [F.avg_pool2d(images, 4)] * 3
+
+    monkeypatch.setitem(TRANSFORMERS, "pooled", Pooled)
+    command(monkeypatch, "--epochs", 2, "--model", "pooled", "--out", "run")
+    run_plot(plot, monkeypatch, "run", "--look")
+    assert "no attention of pooled + early guidance" in capsys.readouterr().out
+    assert not Path("figures/attention.png").exists()
+    assert Path("figures/maps-pooled-early-guidance.png").exists()
+
+
+def test_patterns_are_taken_as_predict_takes_them(plot, monkeypatch, tmp_path):
+    """cmd and PowerShell hand them over as they are; a folder of such a name goes before."""
+    for name in ("a", "b", "[a]"):
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name / "log.jsonl", [50.0] * 3, seed=len(name) + ord(name[0]))
+    for pattern, count in (("?", 2), ("[a]", 1), ("*", 3)):
+        run_plot(plot, monkeypatch, tmp_path / pattern, "--out", tmp_path / "out")
+        assert cells((tmp_path / "out/table.md").read_text())[1][2] == str(count)
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_maps_are_standardised_and_share_one_colour_scale(plot, figures, tmp_path):

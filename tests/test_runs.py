@@ -569,6 +569,13 @@ def test_a_weak_augmentation_is_the_automatic_teachers_too():
         assert theirs.augment == expected
 
 
+def test_the_augmentation_that_a_teacher_had_is_told(place, monkeypatch, capsys):
+    """An automatic teacher keeps its name, whatever it was trained with: so what it had is said and logged."""
+    command(monkeypatch, *MINI, "--epochs", 1, "--teacher", "teacher/last.pt", "--out", "run")
+    assert re.search(r"trained for \d+ epochs with strong augmentation; it gets", capsys.readouterr().out)
+    assert records("run")[0]["teacher_augment"] == "strong"
+
+
 def test_a_teacher_that_has_seen_held_out_images_is_refused_and_the_automatic_one_does_not(
     place, monkeypatch
 ):
