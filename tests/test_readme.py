@@ -17,7 +17,7 @@ from torch import nn
 import data
 import train
 from augment import prepare
-from plumbing.runs import restore
+from plumbing.runs import restore, show_epoch
 
 README = (HERE / "README.md").read_text()
 EVIDENCE = (HERE / "results" / "README.md").read_text()
@@ -56,44 +56,80 @@ def test_every_file_is_listed_with_its_length():
         assert true == pytest.approx(int(said), rel=0.03, abs=5), (name, true)
 
 
-def test_the_last_lines_of_the_main_command_are_those_of_its_log():
-    *_, before, last = records_of(HERE / "results/glyphs/deit_mini-early-seed0.jsonl")
-    for line in (before, last):
-        beginning = f"epoch {line['epoch']:3d}  beta {line['beta']:.3f}  loss_cls {line['loss_cls']:.3f}"
-        (shown,) = [text for text in README.splitlines() if text.strip().startswith(beginning)]
-        assert f"train {line['train_acc']:5.1f}%  val {line['val_acc']:5.1f}%" in shown
-    assert f"val_acc {last['val_acc']:.2f}% after the last epoch" in README
+def test_the_epochs_of_the_main_command_are_those_of_its_log(capsys):
+    """The first one, the last one with guidance, the last one."""
+    lines = records_of(HERE / "results/glyphs/deit_mini-early-seed0.jsonl")[1:]
+    guided = sum(line["beta"] > 0 for line in lines)
+    for line in (lines[0], lines[guided - 1], lines[-1]):
+        show_epoch(line, len(lines))
+        assert f"    {capsys.readouterr().out}" in README
+    assert f"val_acc {lines[-1]['val_acc']:.2f}% after the last epoch" in README
 
 
-def test_the_tables_of_the_readme_are_those_of_the_logs():
-    """Mean and standard deviation over the seeds of the generated images; the claim's finished runs, one by one."""
-    cells = []
-    for row in ("deit_mini-none", "deit_mini-constant", "deit_mini-early", "resnet8"):
-        last = [
-            records_of(log)[-1]["val_acc"] for log in (HERE / "results/glyphs").glob(f"{row}-seed?.jsonl")
-        ]
-        assert len(last) == 3
-        cells.append(f"{np.mean(last):.2f} ± {np.std(last, ddof=1):.2f}")
-    assert f"| `python train.py` | {' | '.join(cells)} |" in README
+def means(pattern, key="val_acc", epoch=-1):
+    """Over the runs whose logs under results/ fit the pattern: the mean of a column's last value, or another one."""
+    logs = [records_of(path) for path in sorted((HERE / "results").glob(pattern))]
+    assert len(logs) >= 3
+    return np.mean([log[1:][epoch if epoch < 0 else log_guided(log) - 1][key] for log in logs])
 
-    last = {path.stem: records_of(path)[-1] for path in (HERE / "results/claim/test").glob("*.jsonl")}
-    table = re.search(
-        r"^\| accuracy on test images, %, by seed \|(.+)\|\n.+\n((\| .+\n)+)", README, re.MULTILINE
-    )
+
+def log_guided(log):
+    return sum(line["beta"] > 0 for line in log[1:])
+
+
+def test_the_table_of_when_to_stop_is_that_of_the_logs():
+    """The teacher as it guides; the student when early guidance ends; accuracy, and in brackets that in training."""
+    cases = (("glyphs/deit_mini-{}-seed?.jsonl", True), ("cifar100-20classes/deit_mini-{}-seed?.jsonl", True))
+    for pattern, alone in (*cases, ("claim/test/deit_mini-{}-*seed?.jsonl", False)):
+        cells = [f"{means(pattern.format('none')):.1f}" if alone else ""]
+        logs = [records_of(path)[0] for path in sorted((HERE / "results").glob(pattern.format("early")))]
+        cells.append(f"{np.mean([origin['teacher_acc'] for origin in logs]):.1f}")
+        cells.append(f"{means(pattern.format('early'), epoch=0):.1f}")
+        for schedule in ("constant", "early"):
+            last = (means(pattern.format(schedule), key) for key in ("val_acc", "train_acc"))
+            cells.append("{:.1f} ({:.1f})".format(*last))
+        lines = README.replace("*", "").splitlines()
+        shown = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines]
+        assert cells in shown, cells
+
+
+def test_the_table_of_the_claim_and_its_verdict_are_those_of_the_logs():
+    """Seed by seed, with mean and standard deviation; the paired difference with Student's 2.776 for five pairs."""
+    heads = r"^\| accuracy on test images, %, by seed \|(.+)\| mean ± std \|\n.+\n((\| .+\n)+)"
+    table = re.search(heads, README, re.MULTILINE)
     seeds, shown = [seed.strip() for seed in table[1].split("|")], {}
     for line in table[2].splitlines():
-        row, *values = [cell.strip() for cell in line.strip("|").split("|")]
+        row, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         name = "resnet8" if row == "the teacher" else f"deit_mini-{row.replace(', beta ', '-')}"
-        shown |= {f"{name}-seed{seed}": value for seed, value in zip(seeds, values, strict=True) if value}
-    assert shown == {run: f"{line['val_acc']:.2f}" for run, line in last.items()}
-    assert {len(records_of(path)) for path in (HERE / "results/claim/test").glob("deit*.jsonl")} == {61}
+        shown[name] = cells
+    logs = {
+        path.stem: records_of(path)[-1]["val_acc"] for path in (HERE / "results/claim/test").glob("*.jsonl")
+    }
+    assert logs.keys() == {f"{name}-seed{seed}" for name in shown for seed in seeds}
+    values = {name: np.array([logs[f"{name}-seed{seed}"] for seed in seeds]) for name in shown}
+    for name, cells in shown.items():
+        each, spread = [f"{value:.2f}" for value in values[name]], values[name].std(ddof=1)
+        assert cells == [*each, f"{values[name].mean():.2f} ± {spread:.2f}"], name
+    gain = values["deit_mini-early-90"] - values["deit_mini-constant-9"]
+    middle, spread = gain.mean(), gain.std(ddof=1)
+    half = 2.776 * spread / len(gain) ** 0.5
+    assert len(gain) == 5 and f"by {middle:.2f} ± {spread:.2f} points" in README
+    assert f"95% interval {middle - half:.2f} to {middle + half:.2f}" in README
+    assert middle > half  # it is told apart, and early is ahead
 
 
 def test_the_tables_of_the_evidence_are_those_that_plot_has_made():
     """The first of each file, with its machines; test_plot.py holds the files to the committed logs."""
-    for folder in ("cifar100-20classes", "cifar100", "glyphs", "claim"):
+    for folder in ("cifar100-20classes", "cifar100", "glyphs", "claim", "claim/test"):
         text = (HERE / "figures" / folder / "table.md").read_text()
         assert "\n\n".join(text.split("\n\n")[:2]) in EVIDENCE
+
+
+def test_the_table_of_the_ablations_is_that_of_the_logs():
+    for run in ("deit_mini-early", "ablations/sum", "ablations/train-mode"):
+        logs = [HERE / f"results/glyphs/{run}-seed{seed}.jsonl" for seed in (0, 1)]
+        shown = " | ".join(f"{records_of(log)[-1]['val_acc']:.2f}" for log in logs)
+        assert sum(f"| {shown} |" in line for line in EVIDENCE.splitlines()) == 1, run
 
 
 def test_the_weights_that_are_handed_out_are_those_of_their_log_and_get_71_percent_right():

@@ -502,7 +502,10 @@ def test_a_teacher_trained_for_less_counts_and_an_interrupted_one_is_continued_w
     command(monkeypatch, *student, "--out", "first")
     told = capsys.readouterr().out
     assert "no trained teacher" not in told and len(records(default)[1]) == 4
-    assert f"teacher: resnet8 of {default}/last.pt, trained for 4 epochs; it gets" in told
+    assert (
+        f"teacher: resnet8 of {default}/last.pt, trained for 4 epochs with strong augmentation; it gets"
+        in told
+    )
     change_checkpoint(default / "last.pt", lambda state: state["args"].update(epochs=5))
     command(monkeypatch, *student, "--out", "second")
     assert len(records(default)[1]) == 5 and not Path("teacher").exists()
