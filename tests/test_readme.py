@@ -127,6 +127,26 @@ def test_the_tables_of_the_evidence_are_those_that_plot_has_made():
         assert "\n\n".join(text.split("\n\n")[:2]) in EVIDENCE
 
 
+def test_the_speed_of_the_readme_is_what_was_timed():
+    """Also the minutes of 300 epochs of 390 steps, of which early guidance guides a third."""
+    file = json.loads((HERE / "results/bench/h200-graphs.json").read_text())
+    rows = {row["name"]: row["ms_per_step"] for row in file["rows"]}
+    graphs = "torch.compile with CUDA graphs"
+    names = ("alone, eager", f"alone, {graphs}", f"guided by ResNet-56, {graphs}")
+    eager, alone, guided = (rows[name] for name in names)
+    assert f"| ms | {eager:.1f} | {alone:.1f} | {guided:.1f} |" in README
+    minutes = {round(300 * 390 * ms / 60000) for ms in (alone, (2 * alone + guided) / 3)}
+    assert minutes == {17} and "take 17 minutes, alone or guided early" in README
+
+
+def test_other_numbers_of_the_readme_are_those_of_the_logs():
+    """beta's mean in the claim's early runs; how strong guidance is at first in the main command."""
+    lines = records_of(HERE / "results/claim/test/deit_mini-early-90-seed1.jsonl")[1:]
+    assert f"early averages beta {np.mean([line['beta'] for line in lines]) + 1e-9:.1f}" in README
+    first = records_of(HERE / "results/glyphs/deit_mini-early-seed0.jsonl")[1]
+    assert f"{first['beta'] * first['loss_guidance'] / first['loss_cls']:.0f} times as large" in README
+
+
 def test_the_table_of_the_ablations_is_that_of_the_logs():
     for run in ("deit_mini-early", "ablations/sum", "ablations/train-mode"):
         logs = [HERE / f"results/glyphs/{run}-seed{seed}.jsonl" for seed in (0, 1)]
