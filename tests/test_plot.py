@@ -332,6 +332,7 @@ def test_tables_and_figures_say_that_accuracy_was_measured_on_held_out_images(
         ("glyphs", "glyphs", ["--untimed"]),
         ("claim/choose", "claim", ["--untimed"]),
         ("claim/test", "claim/test", ["--untimed"]),
+        ("glyphs/timed", "glyphs/timed", []),
     ],
 )
 def test_the_committed_tables_are_what_plot_makes_of_the_committed_logs(
