@@ -120,7 +120,8 @@ def beta_at(schedule, epoch, epochs, beta=2.5, guide_epochs=None):
 
 
 class AdaptiveStop:
-    """Ends guidance once its loss hardly falls (Adaptive Locality Guidance, IEEE TNNLS, 10.1109/TNNLS.2024.3515076).
+    """Ends guidance once its loss hardly falls: the rule of Adaptive Locality Guidance (IEEE TNNLS 2025, doi
+    10.1109/TNNLS.2024.3515076).
 
     L(e) is the mean guidance loss of epoch e = 1, 2, ... (mean form, without beta), W the window. The slope
 

@@ -8,7 +8,6 @@ Logs alone will do: results/glyphs/*.jsonl. Curves show the mean of the seeds an
 do not belong with most of the others are left out, and named; so are figures that need other runs.
 """
 
-import glob
 import json
 import os
 import re
@@ -30,7 +29,7 @@ from augment import MEAN, STD, prepare
 from data import load
 from guidance import Guidance
 from model import VisionTransformer
-from plumbing.files import InputError, explained, write_whole
+from plumbing.files import InputError, explained, matching, write_whole
 from plumbing.options import WITHOUT_EFFECT, Options, command_line
 from plumbing.runs import load_checkpoint, require, restore
 from teacher import CNNS, TEACHER_SIZE, load_teacher
@@ -483,9 +482,8 @@ def main():
     parser.add_argument("--untimed", action="store_true", help="leave times out, as they say nothing")
     parser.add_argument("--look", action="store_true", help="also draw from checkpoints, inside the networks")
     args = parser.parse_args()
-    # cmd and PowerShell leave patterns to the program
-    found = [[run] if os.path.exists(run) else sorted(glob.glob(run)) or [run] for run in args.runs]
-    rows, out, timed = read_rows(sum(found, [])), Path(args.out), not args.untimed
+    paths = [path for run in args.runs for path in matching(run) or [run]]
+    rows, out, timed = read_rows(paths), Path(args.out), not args.untimed
     text = "\n".join(filter(None, (table(rows, timed), why(rows), paired(rows))))
     write_whole(out / "table.md", lambda file: file.write(text.encode()))
     print(text)

@@ -9,7 +9,6 @@ To name images, a checkpoint is all it takes: it holds the class names and how i
 """
 
 import csv
-import glob
 import io
 import math
 import os
@@ -20,7 +19,7 @@ import torch
 from augment import prepare
 from data import load
 from plumbing.devices import pick_device, to_device
-from plumbing.files import InputError, write_whole
+from plumbing.files import InputError, matching, write_whole
 from plumbing.images import read_images
 from plumbing.options import Options, command_line
 from plumbing.runs import accuracies, check_data, restore
@@ -41,9 +40,8 @@ def probabilities(model, images, image_size, precision):
 def open_images(patterns, side):
     """Files, also as patterns such as *.jpg -> their paths, and uint8 images (N, 3, side, side)."""
     paths = []
-    for pattern in patterns:  # cmd and PowerShell leave patterns to the program
-        names = glob.glob(glob.escape(pattern)) or sorted(glob.glob(pattern))
-        found = [Path(name) for name in names if os.path.isfile(name)]
+    for pattern in patterns:
+        found = [Path(name) for name in matching(pattern) if os.path.isfile(name)]
         paths += found
         if not found:
             raise InputError(f"there is no image file {pattern}; name files, or a pattern: folder/*.jpg")

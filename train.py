@@ -138,7 +138,7 @@ def make_optimizer(model, guidance, lr, fused=True):
 
 
 def trained_teacher(args):
-    """The teacher's checkpoint. If --teacher names a network, not a file, it is trained first, unless it has been."""
+    """The teacher's file. If --teacher names a network instead, it is trained now, unless it has been."""
     if args.teacher not in CNNS:
         return Path(args.teacher)
     theirs = options.of_teacher(args, RECIPES)

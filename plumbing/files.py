@@ -15,6 +15,12 @@ class InputError(ValueError):
     """Something the user can mend: the message names the cause and the next action, and only it is shown."""
 
 
+def matching(pattern):
+    """The paths that a pattern such as *.jpg names, as cmd and PowerShell leave patterns to the program. A file or
+    folder of that very name goes before."""
+    return glob.glob(glob.escape(pattern)) or sorted(glob.glob(pattern))
+
+
 @contextmanager
 def explained(problem, remedy):
     """Turns what the body raises, on input that does not fit, into one line: problem (Python's message); remedy."""

@@ -395,6 +395,11 @@ def test_test_images_that_are_training_images_too_are_reported(tmp_path, capsys)
         load("folder", tmp_path)
         (note,) = notes(capsys)
         assert note.startswith("note: 2 of the 8 test images of folder are training images too")
+    (tmp_path / "val").rename(tmp_path / "aside")
+    shutil.copytree(tmp_path / "aside", tmp_path / "test")
+    (tmp_path / "aside").rename(tmp_path / "val")
+    load("folder", tmp_path, held_out=0.5, split="other")  # what measures is test/, not what was held out
+    assert any(" of the 8 test images of folder are training images too" in note for note in notes(capsys))
 
 
 # ------------------------------------------------------------------------------------------------ chaoyang

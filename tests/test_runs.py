@@ -221,6 +221,15 @@ def test_a_run_of_days_says_so_after_four_steps_and_names_a_smaller_command(monk
     assert "That is long" not in told_of(monkeypatch, capsys, 10.0, 390, recipe="small")
 
 
+def test_on_a_terminal_the_steps_show_below_the_expected_time(monkeypatch, capsys):
+    """Each over the one before, from the first step after that line on; in later epochs from the first step."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for epoch, before, first in ((0, "expected time: 0:30:00\n", 5), (1, "", 1)):
+        told = told_of(monkeypatch, capsys, 1.0, 6, epoch=epoch, schedule="none")
+        shown = [f"epoch {epoch}, step {step} of 6: 128 images/s  \r" for step in range(first, 6)]
+        assert told == before + "".join(shown)
+
+
 def test_the_expected_time_of_shorter_runs_and_other_schedules(monkeypatch, capsys):
     less = ", less once guidance ends"
     for schedule, less in (("early", less), ("adaptive", less), ("constant", ""), ("none", "")):
