@@ -1,6 +1,6 @@
 """The recipe's augmentation: a batch at once, each image with its own draws, on the training device.
 
-The recipe is that of DeiT and the LG code: random resized crop, flip, RandAugment rand-m9-mstd0.5-inc1 (timm's;
+The recipe is that of DeiT and the paper's code: random resized crop, flip, RandAugment rand-m9-mstd0.5-inc1 (timm's;
 much stronger than torchvision's magnitude 9), random erasing. `batches` is an epoch; its steps:
 
     draw      all random choices of the epoch, on the CPU, from one seeded generator: the same on every
@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, as in the LG code
+MEAN, STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # ImageNet's, whatever the data, as in the paper's code
 
 # RandAugment's operations, u in [0, 1] the level and s = +-1 the sign. Those that move pixels come first.
 OPERATIONS = (
@@ -181,6 +184,11 @@ def erase(x, boxes, corners, noise):
 def prepare(images, size):
     """The test transform: uint8 (B, 3, S, S) -> normalised float32 (B, 3, size, size), bilinear, no crop."""
     return TF.normalize(TF.resize(images, [size, size], antialias=True) / 255, MEAN, STD)
+
+
+def eval_batch(size):
+    """How many images of this size are evaluated at once: 500 of 224 px, and of larger ones as much memory."""
+    return max(1, min(500, 500 * 224**2 // size**2))
 
 
 def resample(images, size, crop, flip):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from augment import prepare
+from augment import eval_batch, prepare
 from data import load
 from plumbing.devices import pick_device, to_device
 from plumbing.files import InputError, matching, write_whole
@@ -28,9 +28,8 @@ from plumbing.runs import accuracies, check_data, restore
 @torch.no_grad()
 def probabilities(model, images, image_size, precision):
     """uint8 images (N, 3, S, S), prepared as test images are -> (N, K) on the CPU; rows sum to 1."""
-    model.eval()
     found = []
-    for part in images.split(500):
+    for part in images.split(eval_batch(image_size)):
         with precision.autocast:
             logits, _ = model(prepare(part, image_size))
         found.append(logits.float().softmax(dim=1).cpu())

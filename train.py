@@ -1,4 +1,4 @@
-"""Trains one row of the table: DeiT-tiny alone or guided by a ResNet-56, or a ResNet.
+"""Trains one network: DeiT-tiny, alone or guided by a ResNet-56, or a ResNet.
 
 Usage:
     python train.py                                        generated images, early guidance; minutes on a CPU
@@ -13,7 +13,7 @@ What makes it work, and its effect where that was measured (on a CPU, except ite
        images/s at 224 px as timm's transforms on Pillow images in two workers, 5 times as many at 32 px.
     3. The teacher sees 32 px, without gradients, while beta is above 0: 4% more operations a step, counted.
     4. Convolutions have their channels last, attention and the optimiser are fused.
-    5. On a GPU: bfloat16 throughout, with 0.63 of the usual loop's kernel launches and 0.74 of its bytes (counted);
+    5. On a GPU: bfloat16 throughout, with 0.63 of the kernel launches of timm's model and 0.74 of its bytes (counted);
        torch.compile with CUDA graphs, 2.1 times as fast as eager (H200); the host waits for it once an epoch.
 """
 
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from augment import batches, prepare
+from augment import batches, eval_batch, prepare
 from data import load
 from guidance import AdaptiveStop, Guidance, beta_at
 from model import TRANSFORMERS
@@ -35,7 +35,7 @@ from plumbing.devices import Processes, join_processes, pick_compile, pick_devic
 from plumbing.files import InputError, explained
 from teacher import CNNS, TEACHER_SIZE, ResNet
 
-DEFAULTS = {  # by recipe: "paper" is the public code's except for the schedule, "small" its like for a CPU
+DEFAULTS = {  # columns: paper (the public code's but for the schedule), small (its like for a CPU), glyphs
     "recipe": ("paper", "small", "glyphs"),
     "dataset": ("cifar100", "cifar100", "glyphs"),
     "classes": (None, 20, None),
@@ -73,7 +73,7 @@ def train_epoch(student, teacher, guidance, optimizer, scheduler, batches, beta,
             loss_cls = F.cross_entropy(logits, labels)
             loss_guidance, loss = torch.zeros_like(loss_cls), loss_cls
             if beta > 0:
-                with torch.no_grad():  # the same images, shrunk without antialiasing as in the LG code
+                with torch.no_grad():  # the same images, shrunk without antialiasing as in the paper's code
                     _, targets = teacher(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))
                 loss_guidance = guidance(features, targets)  # (B, 16, 32, 32) (B, 32, 16, 16) (B, 64, 8, 8)
                 loss = loss_cls + beta * loss_guidance
@@ -93,8 +93,8 @@ def evaluate(model, images, labels, image_size, precision, as_teacher=False, pro
     while it guides: (K, K) counts, true class by predicted class. Each process evaluates its share."""
     model.eval()
     images, labels = images[processes.rank :: processes.count], labels[processes.rank :: processes.count]
-    counts = 0
-    for part, truth in zip(images.split(500), labels.split(500)):
+    few, counts = eval_batch(image_size), 0
+    for part, truth in zip(images.split(few), labels.split(few)):
         part = prepare(part, image_size)
         if as_teacher:
             part = F.interpolate(part, TEACHER_SIZE, mode="bilinear")
@@ -113,7 +113,7 @@ def warm_up_epochs(epochs):
 def lr_at(epoch, epochs, peak, transformer):
     """Learning rate at a point of training, `epoch` in [0, epochs], fractions of an epoch too.
 
-    CNN: cosine from peak to 0. Transformer: timm's cosine, as in the LG code: a straight line from peak / 1000
+    CNN: cosine from peak to 0. Transformer: timm's cosine, as in the paper's code: a straight line from peak / 1000
     to peak over the warm-up, which replaces the first part of a cosine from peak to peak / 100.
     """
     cosine = 0.5 * (1 + math.cos(math.pi * epoch / epochs))
@@ -129,11 +129,14 @@ def make_optimizer(model, guidance, lr, fused=True):
     """AdamW for a transformer with its projections (None: no guidance), SGD with Nesterov momentum for a CNN.
     Norms, biases, the cls token and the positions do not decay."""
     named = [*model.named_parameters(), *(guidance.named_parameters() if guidance else [])]
-    free = [p for name, p in named if p.ndim == 1 or name in ("cls_token", "pos_embed")]
-    decayed = [p for name, p in named if p.ndim > 1 and name not in ("cls_token", "pos_embed")]
+    free = [p for name, p in named if p.ndim < 2 or name.split(".")[-1] in ("cls_token", "pos_embed")]
+    decayed = [p for _, p in named if all(p is not other for other in free)]
     groups = [dict(params=decayed), dict(params=free, weight_decay=0)]
     if isinstance(model, ResNet):
-        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
+        sgd = torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
+        for _, p in named:  # else a first step that the GradScaler skips leaves it uninitialised memory
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), weight_decay=0.05, fused=fused)
 
 
@@ -175,10 +178,10 @@ class Training:
         torch.manual_seed(args.seed)  # the first weights
         self.generator = torch.Generator().manual_seed(args.seed)  # order of the images, augmentation
         network = runs.build(args.model, num_classes, args.image_size, args.patch_size)
-        self.model, self.projections, self.guiding = to_device(network, device), None, bool(channels)
+        self.model, self.guidance, self.guiding = to_device(network, device), None, bool(channels)
         if channels:  # the teacher's
-            self.projections = Guidance(network.feature_channels, channels, args.reduction).to(device)
-        self.optimizer = make_optimizer(self.model, self.projections, args.lr)
+            self.guidance = Guidance(network.feature_channels, channels, args.reduction).to(device)
+        self.optimizer = make_optimizer(self.model, self.guidance, args.lr)
         transformer = args.model in TRANSFORMERS
         factor = lambda step: lr_at(step / steps, args.epochs, args.lr, transformer) / args.lr  # noqa: E731
         self.scheduler, self.scaler, self.history = LambdaLR(self.optimizer, factor), precision.scaler, []
@@ -187,9 +190,8 @@ class Training:
 
     def parts(self):
         """What has a state_dict of its own, by its name in the checkpoint."""
-        return {
-            name: getattr(self, name) for name in ("model", "projections", "optimizer", "scheduler", "scaler")
-        }
+        parts = dict(model=self.model, projections=self.guidance, optimizer=self.optimizer)
+        return parts | dict(scheduler=self.scheduler, scaler=self.scaler)
 
     def state_dict(self):
         state = {name: part and part.state_dict() for name, part in self.parts().items()}
@@ -219,8 +221,9 @@ def train(args, processes=Processes()):
     """`run`, in a folder that is locked already."""
     checkpoint = runs.begin(args)
     device, precision, in_words = pick_device(args.device, args.amp)
-    folder = runs.Folder(args, device, in_words, processes)
-    teacher, channels, guided = None, runs.guided_channels(checkpoint), runs.needs_teacher(args, checkpoint)
+    folder = runs.Folder(args, device, processes)
+    teacher, guided = None, runs.needs_teacher(args, checkpoint)
+    channels = runs.guided_channels(checkpoint)  # of a resumed run, also where guidance is over
     with processes.first_one_first():
         data = load(args.dataset, args.data, args.classes, device, args.held_out)
         batch_size, steps = folder.count_steps(data)
@@ -231,49 +234,48 @@ def train(args, processes=Processes()):
         channels = teacher.feature_channels
         confusion = evaluate(teacher, data.x_test, data.y_test, args.image_size, precision, as_teacher=True)
         folder.accept_teacher(confusion, data)
-    now = Training(args, data.num_classes, steps, channels, precision, device)
+    training = Training(args, data.num_classes, steps, channels, precision, device)
     if args.init and not checkpoint:
-        runs.initialise(now.model, args.init)
+        runs.initialise(training.model, args.init)
     if checkpoint:
-        folder.resume(checkpoint, now, data)
+        folder.resume(checkpoint, training, data)
     elif guided and args.reduction == "relative":
         with explained(f"the teacher {path} cannot guide", "choose another --teacher"):
-            measure_scale(now.projections, now.model, teacher, data, args.image_size, precision)
+            measure_scale(training.guidance, training.model, teacher, data, args.image_size, precision)
     compiled, compiled_in_words = pick_compile(args.compile, device, steps * args.epochs)
-    folder.announce(data, now, f"{in_words}; {compiled_in_words}", precision)
+    folder.announce(data, training, f"{in_words}; {compiled_in_words}")
     # the plain networks are what is saved and evaluated
-    student, teacher, guidance = processes.wrap(now.model, teacher, now.projections, compiled, precision)
+    student, teacher, guidance = processes.wrap(
+        training.model, teacher, training.guidance, compiled, precision
+    )
 
-    for epoch in range(len(now.history), args.epochs):
-        beta = (
-            beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs) if now.guiding else 0.0
-        )
+    for epoch in range(len(training.history), args.epochs):
+        beta = beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs)
+        beta *= training.guiding  # until AdaptiveStop ends it
         torch.manual_seed((args.seed * 10**6 + epoch * 10**3 + processes.rank) % 2**63)  # drop path
-        images = batches(
-            data.x_train, data.y_train, batch_size, args.image_size, now.generator, args.augment, *processes
-        )
-        progress = runs.Progress(images, args, epoch, steps, device)
+        images = data.x_train, data.y_train, batch_size, args.image_size
+        augmented = batches(*images, training.generator, args.augment, processes.rank, processes.count)
+        progress = runs.Progress(augmented, args, epoch, steps, batch_size, device)
         losses = train_epoch(
-            student, teacher, guidance, now.optimizer, now.scheduler, progress, beta, precision
+            student, teacher, guidance, training.optimizer, training.scheduler, progress, beta, precision
         )
         loss_cls, loss_guidance, train_acc = processes.mean(losses, device)
         speed = steps * batch_size / progress.seconds()
         lr = lr_at(epoch + (steps - 1) / steps, args.epochs, args.lr, args.model in TRANSFORMERS)
         line = dict(epoch=epoch, beta=beta, loss_cls=loss_cls, loss_guidance=loss_guidance if beta else None)
         line |= dict(lr=lr, train_acc=train_acc)
-        folder.check_finite(line, now)
-        confusion = evaluate(
-            now.model, data.x_test, data.y_test, args.image_size, precision, False, processes
-        )
+        folder.check_finite(line, training)
+        test = data.x_test, data.y_test, args.image_size
+        confusion = evaluate(training.model, *test, precision, processes=processes)
         line["val_acc"], _ = runs.accuracies(confusion)
         if args.schedule == "adaptive" and beta > 0:
-            goes_on = now.adaptive.update(loss_guidance)
-            now.guiding = goes_on or epoch < warm_up_epochs(args.epochs)  # while the rate still rises
-        now.history.append(line | dict(seconds=progress.seconds(), images_per_second=speed))
-        folder.save(now, data)
-        runs.show_epoch(now.history[-1], args.epochs)
-    runs.show_result(args, now.history)
-    return now.history
+            goes_on = training.adaptive.update(loss_guidance)
+            training.guiding = goes_on or epoch < warm_up_epochs(args.epochs)  # while the rate still rises
+        training.history.append(line | dict(seconds=progress.seconds(), images_per_second=speed))
+        folder.save(training, data)
+        runs.show_epoch(training.history[-1], args.epochs)
+    runs.show_result(args, training.history)
+    return training.history
 
 
 def parse(argv=None):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import augment
 import train
-from augment import MEAN, MOVES, OPERATIONS, STD, batches, draw, move, prepare, recolour, resample
+from augment import MEAN, MOVES, OPERATIONS, STD, batches, draw, eval_batch, move, prepare, recolour, resample
 from guidance import Guidance
 from model import VisionTransformer
 from plumbing.devices import make_precision
@@ -135,6 +135,10 @@ def test_the_test_transform_is_pillows_bilinear_resize_and_imagenets_normalisati
         expected = (expected - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
         expected = expected.permute(2, 0, 1)[None]
         torch.testing.assert_close(prepare(to_tensor(image), size), expected, atol=0.02, rtol=0)
+
+
+def test_evaluation_takes_fewer_images_at_once_where_they_are_large():
+    assert [eval_batch(size) for size in (32, 224, 448, 2048)] == [500, 500, 125, 5]
 
 
 # ---------------------------------------------------------------------------------------------- the draws
