@@ -43,7 +43,7 @@ KINDS = ("alone", "constant", "fading", "stopped")
 NO_ROW = tuple("seed out data device resume evaluate teacher compile command recipe batch_given".split())
 STRENGTH = ("schedule", "beta", "guide_epochs")
 GUIDANCE = (*STRENGTH, *WITHOUT_EFFECT, "teacher_model", "teacher_epochs")
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, for 2 to 10 pairs
+T_975 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, for 3 to 10 pairs
 
 
 class Run(NamedTuple):
@@ -106,7 +106,7 @@ def read_run(path):
         require("hardware threads torch", origin)
         if args["schedule"] not in NAMES:
             raise ValueError(f"schedule {args['schedule']!r}")
-        for key in ("val_acc", "train_acc", "seconds", "beta", "loss_cls", "loss_guidance"):
+        for key in ("val_acc", "train_acc", "seconds", "beta", "lr", "loss_cls", "loss_guidance"):
             run.column(key)  # they are there, and numbers
         if run.guided():
             require("teacher_acc beta guide_epochs", origin | args)
@@ -211,27 +211,36 @@ def why(rows):
     what guidance weighs beside cross-entropy."""
     heads = ["", "training accuracy % of the last epoch", "accuracy minus teacher's, points"]
     heads += ["beta*L / cross-entropy, last guided epoch", "the same, last epoch", "mean beta"]
+    heads += ["mean beta, weighted by the learning rate"]
     lines = []
     for name, runs in rows.items():
-        guidance = [""] * 4
+        guidance = [""] * 5
         if all(run.guided() for run in runs):
             ahead = [run.last() - run.origin["teacher_acc"] for run in runs]
             weights = [run.weight(run.guided() - 1) for run in runs], [run.weight(-1) for run in runs]
-            numbers = map(mean, (*weights, [run.column("beta").mean() for run in runs]))
+            plain = [run.column("beta").mean() for run in runs]
+            by_rate = [np.average(run.column("beta"), weights=run.column("lr")) for run in runs]
+            numbers = map(mean, (*weights, plain, by_rate))
             guidance = [spread(ahead, "+"), *(f"{number:.3g}" for number in numbers)]
         lines.append([name, spread([run.last("train_acc") for run in runs]), *guidance])
     return markdown(heads, lines)
 
 
+def same_teacher(*runs):
+    """Whether runs had one teacher, as far as is known: older logs do not say, and runs alone have none."""
+    return len({run.origin.get("teacher_crc") for run in runs} - {None}) < 2
+
+
 def paired(rows):
     """Differences between rows, seed by seed: what varies with the seed (teacher, first weights, order, draws)
-    is the same in both runs of a pair."""
+    is the same in both runs of a pair. Of two pairs, whose spread says little, there is no test."""
     heads, lines = ["last epoch, points", "mean ± std", "pairs", "t", "threshold", "95% interval", ""], []
     for one, other in combinations([name for name, runs in rows.items() if runs[0].student()], 2):
-        before, after = ({run.args["seed"]: run.last() for run in rows[name]} for name in (one, other))
-        pairs = [after[seed] - before[seed] for seed in after if seed in before]
-        if len(pairs) > 1:
-            t = T_975[min(len(pairs), 10) - 2]  # of more than 10 that of 10, which is a little too strict
+        before, after = ({run.args["seed"]: run for run in rows[name]} for name in (one, other))
+        both = [(after[seed], before[seed]) for seed in after if seed in before]
+        pairs = [run.last() - base.last() for run, base in both if same_teacher(run, base)]
+        if len(pairs) > 2:
+            t = T_975[min(len(pairs), 10) - 3]  # of more than 10 that of 10, which is a little too strict
             middle, half = mean(pairs), t * stdev(pairs) / len(pairs) ** 0.5
             verdict = "not told apart" if abs(middle) <= half else "higher" if middle > 0 else "lower"
             interval = f"{middle - half:+.2f} to {middle + half:+.2f}"
@@ -319,8 +328,7 @@ def draw_gain(rows, out):
     found = {}
     for two in combinations([run for runs in rows.values() for run in runs if run.student()], 2):
         one, other = sorted(two, key=lambda run: (KINDS.index(run.kind()), run.column("beta").mean()))
-        teachers = {run.origin.get("teacher_crc") for run in two} - {None}  # not known from older logs
-        if one.args["seed"] == other.args["seed"] and len(teachers) < 2:
+        if one.args["seed"] == other.args["seed"] and same_teacher(*two):
             but = GUIDANCE if one.kind() == "alone" else STRENGTH
             words = f"{other.kind()} minus {'weaker ' * (one.kind() == other.kind())}{one.kind()}"
             if one.options(*but) != other.options(*but):
@@ -404,7 +412,6 @@ def look(rows, out, count=64):
     for i, (name, run) in enumerate(students.items()):
         model, state = restore(run.path.with_name("last.pt"))
         images, patch = prepare(chosen, run.args["image_size"]), run.args["patch_size"]
-        model.eval()
         if state["projections"]:
             draw_maps(name, model, state, images[1::16], out)
         if not isinstance(model, VisionTransformer):
@@ -430,7 +437,7 @@ def draw_maps(name, model, state, images, out):
     with explained(f"{path} is not the teacher of {name}", "bring that one back"):
         teacher = load_teacher(load_checkpoint(path))
         guidance = Guidance(model.feature_channels, teacher.feature_channels)
-        guidance.load_state_dict({"scale": torch.ones(())} | state["projections"])  # older ones have no scale
+        guidance.load_state_dict(state["projections"])
     _, theirs = teacher(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))
     ours = [project(features) for project, features in zip(guidance.projections, model(images)[1])]
     pictures = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)

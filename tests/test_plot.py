@@ -50,7 +50,7 @@ def write_run(path, accuracies, *, seconds=60.0, betas=None, origin=None, train_
     for epoch, accuracy in enumerate(accuracies):
         beta = betas[epoch] if epoch < len(betas) else 0.0
         line = dict(epoch=epoch, beta=beta, loss_cls=2.0, loss_guidance=3.0 + epoch if beta else None)
-        lines.append(line | dict(train_acc=train_acc, val_acc=accuracy, seconds=seconds))
+        lines.append(line | dict(train_acc=train_acc, val_acc=accuracy, seconds=seconds, lr=epoch + 1))
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -178,7 +178,7 @@ def test_guidance_adds_time_to_the_row_without_guidance_that_shares_the_other_op
 
 def test_the_second_table_says_what_guidance_did(plot, tmp_path):
     """By hand: beta * L / 2 is 2.5 * 3 / 2 = 3.75 in the last guided epoch, of 1 in 5; 90 * 4 / 2 = 180, of 2 in 5;
-    constantly 9 * 7 / 2 = 31.5 at the end."""
+    constantly 9 * 7 / 2 = 31.5 at the end. Learning rates of 1 to 5: 2.5 * 1 / 15 = 0.167 and 90 * (1 + 2) / 15 = 18."""
     for seed, train_acc in enumerate((40.0, 43.0)):
         early = dict(seed=seed, train_acc=train_acc, origin=dict(teacher_acc=60.0 + seed), epochs=5)
         constant = early | dict(schedule="constant", beta=9.0, betas=[9.0] * 5)
@@ -187,24 +187,26 @@ def test_the_second_table_says_what_guidance_did(plot, tmp_path):
         write_run(tmp_path / f"constant{seed}.jsonl", [1, 2, 3, 4, 60.5], **constant)
         write_run(tmp_path / f"none{seed}.jsonl", [1, 2, 3, 4, 30], schedule="none", seed=seed, epochs=5)
     heading, *rows = cells(plot.why(plot.read_rows(tmp_path.glob("*.jsonl"))))
-    assert heading[-2:] == ["the same, last epoch", "mean beta"] and rows == [
-        ["deit_tiny alone", "50.00 ± 0.00", "", "", "", ""],
-        ["deit_tiny + constant guidance, beta 9", "41.50 ± 2.12", "+0.00 ± 0.71", "31.5", "31.5", "9"],
-        ["deit_tiny + early guidance, beta 2.5", "41.50 ± 2.12", "+9.50 ± 0.71", "3.75", "0", "0.5"],
-        ["deit_tiny + early guidance, beta 90", "41.50 ± 2.12", "-10.50 ± 0.71", "180", "0", "36"],
+    assert heading[-2:] == ["mean beta", "mean beta, weighted by the learning rate"] and rows == [
+        ["deit_tiny alone", "50.00 ± 0.00", "", "", "", "", ""],
+        ["deit_tiny + constant guidance, beta 9", "41.50 ± 2.12", "+0.00 ± 0.71", "31.5", "31.5", "9", "9"],
+        ["deit_tiny + early guidance, beta 2.5", "41.50 ± 2.12", "+9.50 ± 0.71", "3.75", "0", "0.5", "0.167"],
+        ["deit_tiny + early guidance, beta 90", "41.50 ± 2.12", "-10.50 ± 0.71", "180", "0", "36", "18"],
     ]
 
 
 def test_rows_are_compared_seed_by_seed_by_a_paired_t_test(plot, tmp_path):
     """The interval is scipy's for these numbers: stats.ttest_1samp([3, 1, 2], 0).confidence_interval()."""
 
-    def compare(seed, one, other):
-        write_run(tmp_path / f"constant{seed}.jsonl", [1, 2, one], schedule="constant", seed=seed)
-        write_run(tmp_path / f"early{seed}.jsonl", [1, 2, other], schedule="early", seed=seed)
+    def compare(seed, one, other, taught=(7, 7)):
+        first, second = (dict(seed=seed, origin=dict(teacher_crc=crc)) for crc in taught)
+        write_run(tmp_path / f"constant{seed}.jsonl", [1, 2, one], schedule="constant", **first)
+        write_run(tmp_path / f"early{seed}.jsonl", [1, 2, other], schedule="early", **second)
         return cells(plot.paired(plot.read_rows(tmp_path.glob("*.jsonl"))))[1:]
 
-    assert compare(0, 70, 73) == []  # one pair has no deviation
-    compare(1, 60, 61)
+    compare(0, 70, 73)
+    assert compare(1, 60, 61) == []  # two pairs say little of their spread
+    assert compare(2, 65, 66, taught=(7, 8)) == []  # another teacher: no pair
     (line,) = compare(2, 65, 67)
     assert line[0] == "deit_tiny + early guidance, minus deit_tiny + constant guidance"
     assert line[1:] == ["+2.00 ± 1.00", "3", "4.303", "2.48", "-0.48 to +4.48", "not told apart"]
@@ -218,7 +220,7 @@ def test_rows_are_compared_seed_by_seed_by_a_paired_t_test(plot, tmp_path):
 
 def test_the_thresholds_of_t_leave_a_twentieth_outside(plot):
     """Student's density, integrated."""
-    for freedom, t in enumerate(plot.T_975, start=1):
+    for freedom, t in enumerate(plot.T_975, start=2):
         x = np.linspace(-t, t, 20001)
         factor = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
         density = factor * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
