@@ -26,7 +26,7 @@ PARTS = ("train", "test", "other")
 ARCHIVES = {
     "cifar10": "cifar-10-python.tar.gz",
     "cifar100": "cifar-100-python.tar.gz",
-    "flowers": "flowers-102/102flowers.tgz",
+    "flowers": "flowers-102/102flowers.tgz, imagelabels.mat and setid.mat",
 }
 
 
@@ -222,14 +222,14 @@ def write_cache(path, source):
 
 def check(arrays, num_classes, source):
     """The number of classes (None: what the labels say) of parts of square images, or a refusal."""
-    (first, labels), *_ = arrays = list(arrays.values())
+    (first, _), *_ = arrays = list(arrays.values())
     for x, y in arrays:
         square = x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (*first.shape[1:2] * 2, 3)
         if not (square and x.size and y.shape == x.shape[:1] and y.dtype.kind in "iu"):
             problem = f"images {x.dtype} {x.shape} with labels {y.dtype} {y.shape}"
         else:
             num_classes = num_classes or int(y.max()) + 1
-            if labels.min() == 0 <= y.min() <= y.max() < num_classes:
+            if 0 <= y.min() <= y.max() < num_classes:
                 continue
             problem = f"labels from {y.min()} to {y.max()}, not 0 to {num_classes - 1}"
         raise InputError(
@@ -251,32 +251,27 @@ def cifar(root, name):
 def flowers(root):
     """Flowers-102 through torchvision; its train and val parts together train (2,040 images), as is usual."""
     arrays = {}
-    for part, splits in dict(train=("train", "val"), test=("test",)).items():
-        x, y = [], []
-        for split in splits:
-            with explained(
-                "cannot decode flowers", f"delete {root}/flowers-102 and run the same command again"
-            ):
-                for image, label in fetch(datasets.Flowers102, root, "flowers", split):
-                    x.append(np.asarray(ImageOps.fit(image, (STORED, STORED), Image.Resampling.BICUBIC)))
-                    y.append(label)
-        arrays[part] = np.stack(x), np.array(y)
+    train, val, test = (
+        fetch(datasets.Flowers102, root, "flowers", kind) for kind in ("train", "val", "test")
+    )
+    with explained("cannot decode flowers", f"delete {root}/flowers-102 and run the same command again"):
+        for part, pairs in dict(train=train + val, test=test).items():
+            fit = [(ImageOps.fit(image, (STORED, STORED), Image.Resampling.BICUBIC), y) for image, y in pairs]
+            arrays[part] = np.stack([np.asarray(image) for image, _ in fit]), np.array([y for _, y in fit])
     return Source(make_parts(arrays), [f"class {k}" for k in range(CLASSES["flowers"])])
 
 
 def fetch(make, root, name, part):
     """A torchvision data set, downloaded unless its archive is in `root` already."""
-    archive = Path(root) / ARCHIVES[name]
     try:
         return make(root, part, download=True)
     except ModuleNotFoundError as error:
         raise InputError(f"torchvision reads {name} with {error.name}: pip install {error.name}") from error
     except (OSError, RuntimeError, EOFError, HTTPException) as error:
-        problem = f"cannot fetch {name} ({error}); put its archive {archive.name}, or a cache {name}.npz "
-        problem += f"(see the README), into {root}"
-        if os.path.exists(archive):  # torchvision would have opened it
-            problem = f"{archive} is damaged, perhaps half a download ({error}); delete it or fetch it again"
-        raise InputError(f"{problem}, and run the same command again") from error
+        raise InputError(
+            f"cannot fetch {name} ({error}); put {root}/{ARCHIVES[name]}, or a cache {name}.npz (see the README), "
+            "in place of any that is damaged or half a download, and run the same command again"
+        ) from error
 
 
 def chaoyang(root):
@@ -284,24 +279,15 @@ def chaoyang(root):
     root, splits = Path(os.path.abspath(root)), {}  # which follows links, as `resolve` does not
     for split, kind in (("train", "train"), ("test", "val")):
         file = root / f"{split}.json"
-        try:
+        remedy = "ask the authors of Chaoyang for the data (see README) and give their folder as --data"
+        with explained(f"{file} is missing or no list of {{name, label}}", remedy):
             rows = json.loads(file.read_text())
             pairs = [(Path(os.path.abspath(root / row["name"])), row["label"]) for row in rows]
-            bad = [
-                (file, label)
-                for file, label in pairs
-                if type(label) is not int or not 0 <= label < 4 or root not in file.parents
-            ]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"{file} is missing or no list of {{name, label}} ({error}); ask the authors of "
-                "Chaoyang for the data (see README) and give their folder as --data"
-            ) from error
-        if bad or not pairs:
-            raise InputError(
-                f"{file} is empty, or names a file outside {root} or a label outside 0 to 3: "
-                f"{bad[:1]}; unpack the data again"
-            )
+            bad = [(p, y) for p, y in pairs if type(y) is not int or not 0 <= y < 4 or root not in p.parents]
+            if bad or not pairs:
+                raise ValueError(
+                    f"it is empty, or names a file outside {root} or a label outside 0 to 3: {bad[:1]}"
+                )
         splits[kind] = pairs
     return Listing(root, ["normal", "serrated", "adenocarcinoma", "adenoma"], splits, [])
 

@@ -3,10 +3,10 @@ Names that begin with ".", "@" or "__" (.DS_Store, @eaDir, __MACOSX) are skipped
 
 import hashlib
 import os
-import re
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +26,9 @@ FORMATS = [name for name in Image.OPEN if name not in ("BUFR", "GRIB", "HDF5", "
 ENDINGS = {end for end, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
 # Images that it does not read; a DICOM file may have no ending
 OTHERS = {"", ".dcm", ".dicom", ".nii", ".svs", ".ndpi", ".heic"}
-# The orientation in EXIF's list of tags, 12 bytes each. Pillow's reader may stop at a damaged tag before it
-TURN = re.compile(b"(?s)(?:Exif..)*.{10}(?:.{12}){,30}?(?:\x12\1\3\0\1\0\0\0|\1\x12\0\3\0\0\0\1\0)([\1-\10])")
 # A small file can hold an image that fills the memory: above 89 million pixels, where Pillow warns, we refuse
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL.TiffImagePlugin")  # of damaged EXIF
 
 
 class Listing(NamedTuple):
@@ -222,7 +221,9 @@ def open_image(path, side=None):
             if side:
                 image.draft("RGB", (2 * side, 2 * side))  # large JPEGs are decoded several times as fast
             image.load()
-            turn = TURN.match(image.info.get("exif", b""))
+            turn = None
+            with suppress(Exception):  # of damaged EXIF: the image stays as it lies
+                turn = image.getexif().get(0x0112)
             if image.mode == "F":
                 raise ValueError("floating-point pixels, whose range is unknown: convert it to 8 or 16 bits")
             if image.mode.startswith("I"):  # 16 bits, often few of them used: its own range becomes 0 to 255
@@ -232,7 +233,7 @@ def open_image(path, side=None):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             image = image.convert("RGB")
         image.info = {}  # with nothing else of EXIF left, Pillow turns the image safely
-        image.getexif()[0x0112] = turn and turn[1][0]
+        image.getexif()[0x0112] = turn
         return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises whatever a damaged file provokes
         raise InputError(f"cannot read {path} ({error}); replace or remove it") from error

@@ -196,18 +196,14 @@ def test_what_cannot_be_fetched_is_named_with_its_archive(tmp_path, monkeypatch,
     def fails(*args, **options):
         raise error
 
-    for name, attribute, archive in (
+    for name, attribute, files in (
         ("cifar10", "CIFAR10", "cifar-10-python.tar.gz"),
         ("cifar100", "CIFAR100", "cifar-100-python.tar.gz"),
-        ("flowers", "Flowers102", "flowers-102/102flowers.tgz"),
+        ("flowers", "Flowers102", "flowers-102/102flowers.tgz, imagelabels.mat and setid.mat"),
     ):
         monkeypatch.setattr(data.datasets, attribute, fails)
-        with pytest.raises(InputError, match=rf"cannot fetch {name} .*{Path(archive).name}, .*{name}\.npz"):
-            load(name, tmp_path)
-        (tmp_path / archive).parent.mkdir(exist_ok=True)
-        (tmp_path / archive).write_bytes(b"half a down")
         with pytest.raises(
-            InputError, match=f"{archive} is damaged, perhaps half a .*; delete it or fetch it again, and run"
+            InputError, match=rf"cannot fetch {name} .*{tmp_path}/{files}, .*{name}\.npz.*damaged"
         ):
             load(name, tmp_path)
 
@@ -434,7 +430,7 @@ def test_chaoyangs_images_may_lie_elsewhere_behind_a_link(tmp_path):
 @pytest.mark.parametrize(
     "listed, message",
     [
-        ([], "train.json is empty"),
+        ([], r"train.json is .*\(it is empty"),
         (7, "train.json is missing or no list"),
         ("text", "train.json is missing or no list"),
         ([dict(name="train/image 0.JPG", label=4)], "a label outside 0 to 3"),

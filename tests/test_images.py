@@ -443,10 +443,10 @@ def test_an_image_is_set_upright_by_its_exif_in_every_format(tmp_path):
 
 
 def test_damaged_exif_elsewhere_does_not_matter(tmp_path):
-    def jpeg(entries, data=b""):
-        tiff = (
-            b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + struct.pack("<I", 0) + data
-        )
+    def jpeg(entries, gap=b""):
+        """The list of tags need not begin right behind the header."""
+        count = struct.pack("<IH", 8 + len(gap), len(entries))
+        tiff = b"II*\0" + count[:4] + gap + count[4:] + b"".join(entries) + struct.pack("<I", 0)
         exif = b"Exif\0\0" + tiff
         out = io.BytesIO()
         halves("red", "blue").save(out, "JPEG", quality=100)
@@ -460,10 +460,11 @@ def test_damaged_exif_elsewhere_does_not_matter(tmp_path):
     wrong = struct.pack("<HHI4s", 0x9286, 99, 7, b"abcd")  # no such type
     rational = struct.pack("<HHIi", 0x0112, 2, 4, 0)  # an orientation in letters
     for i, entries in enumerate(
-        ([turned], [text, text, text, turned], [turned, outside], [fraction, turned], [wrong, turned])
+        ([turned], [text, text, text, turned], [turned, outside], [turned, fraction], [wrong, turned])
     ):
-        (tmp_path / f"{i}.jpg").write_bytes(jpeg(entries))
-        assert open_image(tmp_path / f"{i}.jpg").size == (32, 64), entries
+        for gap in (b"", b"\0\0"):
+            (tmp_path / f"{i}.jpg").write_bytes(jpeg(entries, gap))
+            assert open_image(tmp_path / f"{i}.jpg").size == (32, 64), entries
     (tmp_path / "letters.jpg").write_bytes(jpeg([rational]))
     assert open_image(tmp_path / "letters.jpg").size == (64, 32)
     for exif in (b"Exif\0\0garbage", b"Exif\0\0", b"II*\0", b"Exif\0\0II*\0\xff\xff\xff\xff"):
