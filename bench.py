@@ -14,7 +14,6 @@ warm-up takes longer than the same steps do later is shown as set-up: mostly com
 import argparse
 import functools
 import json
-import shlex
 import sys
 import time
 from collections import deque
@@ -36,7 +35,7 @@ from plumbing.counting import META, Counter, as_on_gpu, count_step, flops
 from plumbing.devices import Processes, make_precision, pick_compile, pick_device, synchronize, to_device
 from plumbing.files import InputError, write_whole
 from plumbing.options import Options, command_line
-from plumbing.runs import build, origin_of
+from plumbing.runs import build, origin_of, quoted
 from teacher import load_teacher, resnet56
 from train import make_optimizer, train_epoch
 
@@ -238,7 +237,7 @@ def parse(argv=None):
     add("--compile", action=on_off, help="as in train.py; not in the ladder")
     add("--json", metavar="FILE", help="write the figures there, too, after each row")
     args = parser.parse_args(argv)
-    args.command = shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = quoted(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)])
     least = dict(image_size=32, patch_size=1, batch_size=2, images=2, repeats=1, workers=1)
     for key, value in least.items():
         if getattr(args, key) is not None and getattr(args, key) < value:

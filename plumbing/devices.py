@@ -235,7 +235,7 @@ def join_processes(args):
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=30))
     except (ValueError, RuntimeError) as error:
         raise InputError(f"the processes do not find each other ({error}); start them by torchrun") from error
     return Processes(rank, count)

@@ -103,4 +103,6 @@ def read_tensors(path):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if out_of_memory(error):
             raise InputError(f"out of memory while {path} was read ({reason}): end other programs") from error
-        raise InputError(f"{path} is damaged or no checkpoint ({reason}); train it again") from error
+        raise InputError(
+            f"{path} is damaged or no checkpoint ({reason}); choose another file, or train it again"
+        ) from error

@@ -15,7 +15,7 @@ from data import CLASSES
 from guidance import BETA
 from model import TRANSFORMERS
 from plumbing.files import InputError, out_of_memory
-from plumbing.runs import Interrupted, beta_of, build, quoted, saved_options
+from plumbing.runs import beta_of, build, quoted, saved_options
 from teacher import CNNS, TEACHER_SIZE
 
 WITHOUT_EFFECT = ("teacher", "beta", "reduction", "guide_epochs")  # where there is no guidance
@@ -201,8 +201,8 @@ def command_line(program):
         sys.exit(1)
     except (MemoryError, RuntimeError, OSError) as error:
         sys.exit(f"error: {in_one_line(error)}")
-    except KeyboardInterrupt as stop:
-        sys.exit(143 if isinstance(stop, Interrupted) else 130)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def give_up_stdout():
@@ -214,7 +214,8 @@ def in_one_line(error):
     """What a user can do about an error of Python's or torch's; raised again if nobody knows."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if out_of_memory(error):
-        return f"out of memory ({reason}); choose a smaller --batch-size or --image-size, and another --out"
+        smaller = "choose a smaller --batch-size or --image-size and another --out, or --device cpu"
+        return f"out of memory ({reason}); {smaller}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         give_up_stdout()  # no other file: `write_whole` has a message of its own
         return f"cannot write what is printed ({reason}); free space, or send it elsewhere"

@@ -17,13 +17,11 @@ from zlib import crc32
 import numpy
 import PIL
 import torch
-import torch.nn.functional as F
 import torchvision
 
-from augment import batches
 from guidance import beta_at
 from model import TRANSFORMERS
-from plumbing.devices import synchronize, to_device
+from plumbing.devices import synchronize
 from plumbing.files import InputError, explained, read_tensors, write_tensors, write_whole
 from plumbing.images import some
 from teacher import CNNS, load_teacher
@@ -149,6 +147,8 @@ def locked(folder, wait=False):
                 ) from error
             print(f"waiting for the process that trains into {folder}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks; then it is as on Windows
+            pass
         yield
 
 
@@ -238,10 +238,10 @@ def weights_crc(state):
 class Folder:
     """What a run writes, and what its first line says of where it comes from."""
 
-    def __init__(self, args, device, device_in_words, processes):
+    def __init__(self, args, device, processes):
         self.args, self.writes, self.processes = args, processes.rank == 0, processes.count
         self.last, self.log = Path(args.out, "last.pt"), Path(args.out, "log.jsonl")
-        self.origin = origin_of(args, device) | dict(precision=device_in_words, processes=processes.count)
+        self.origin = origin_of(args, device) | dict(processes=processes.count)
         if not self.last.exists():
             self.write_log([])
 
@@ -309,8 +309,15 @@ class Folder:
         """Puts `training` where its checkpoint was."""
         check_data(self.last, state["data"], data)
         now, self.origin = self.origin, state["origin"]
+        (_, steps), begun = self.count_steps(data), self.origin
+        if steps != begun.get("steps", steps):  # of few images the batch depends on the number of processes
+            raise InputError(
+                f"{self.last} was begun with {begun['steps']} steps an epoch, now there are {steps}: start "
+                f"as many processes as then, {begun['processes']}"
+            )
         with explained(f"{self.last} is no whole state of a run", "start another --out"):
             training.load_state_dict(state)
+        self.origin |= {key: now[key] for key in ("teacher",) if key in now}  # where it lies now
         epoch = len(training.history)
         if epoch < self.args.epochs:  # perhaps on another machine
             session = dict(epoch=epoch, git_commit=now["git_commit"], hardware=now["hardware"])
@@ -318,24 +325,20 @@ class Folder:
         self.write_log(training.history)  # a kill between checkpoint and log has left it a line short
         print(f"resumed after epoch {epoch - 1}")
 
-    def announce(self, data, training, device_in_words, precision):
-        """Says what is about to be trained, with what, and how; of a CNN, how long it will take."""
+    def announce(self, data, training, device_in_words):
+        """Says what is about to be trained, with what, and how."""
         args, (batch_size, steps), images = self.args, self.count_steps(data), len(data.x_train)
         parameters = sum(p.numel() for p in training.model.parameters())
         self.origin |= dict(parameters=parameters, steps=steps, data=describe(data))
         if not training.history:  # else it says how the run was begun
             self.origin |= dict(precision=device_in_words)
-        if training.projections and args.reduction == "relative":
-            self.origin |= dict(guidance_scale=training.projections.scale.item())
+        if training.guidance and args.reduction == "relative":
+            self.origin |= dict(guidance_scale=training.guidance.scale.item())
             unit = self.origin["guidance_scale"]
             print(f"unit of the guidance loss: {unit:.4g}, the mean square of the teacher's maps")
         steps_told = f"{args.epochs} epochs of {steps} steps of {batch_size} images"
         if (unused := images % batch_size) > images / 20:
             steps_told += f", which leaves out {unused} images of each epoch"
-        left = steps * (args.epochs - len(training.history))
-        if left and args.model in CNNS:  # as an automatic teacher is, which somebody may not have expected
-            seconds = left * seconds_a_step(args, data, batch_size, precision)
-            steps_told += f"; this takes about {timedelta(seconds=round(seconds))}"
         print(
             f"data: {args.dataset}, {images} training and {len(data.x_test)} {measured_on(data)} images of "
             f"{data.x_train.shape[-1]} px, {data.num_classes} classes{imbalance(data)}\n"
@@ -350,7 +353,7 @@ class Folder:
     def check_finite(self, line, training):
         """Ends the run before a loss or weight that is not finite reaches a file."""
         finite = math.isfinite(line["loss_cls"]) and math.isfinite(line["loss_guidance"] or 0)
-        networks = filter(None, (training.model, training.projections))
+        networks = filter(None, (training.model, training.guidance))
         weights = [tensor for network in networks for tensor in network.state_dict().values()]
         if not finite or not torch.stack([tensor.isfinite().all() for tensor in weights]).all():
             kept = f"{self.last} keeps the epoch before; try another --out with" if line["epoch"] else "try"
@@ -359,23 +362,6 @@ class Folder:
                 f"{line['loss_cls']}, loss_guidance {line['loss_guidance']}, beta {line['beta']:.3f}, "
                 f"lr {line['lr']:.2e}; {kept} a lower --lr or --no-amp"
             )
-
-
-def seconds_a_step(args, data, batch_size, precision):
-    """What a CNN's training step takes, but for the update: measured on real images, with a network that is thrown
-    away. A CPU, whose time goes with the images, gets few of them."""
-    device, size = data.x_train.device, args.image_size
-    few = min(batch_size, max(2, 2**15 // size**2)) if device.type == "cpu" else batch_size
-    network = to_device(build(args.model, data.num_classes, size, args.patch_size), device)
-    x, y = data.x_train[:few], data.y_train[:few]
-    for _ in range(2):  # the first time, things are set up too
-        started = time.perf_counter()
-        for images, labels in batches(x, y, few, size, torch.Generator(), args.augment):
-            with precision.autocast:
-                loss = F.cross_entropy(network(images)[0], labels)
-            loss.backward()
-        synchronize(device)
-    return (time.perf_counter() - started) * batch_size / few
 
 
 def measured_on(data):
@@ -427,8 +413,9 @@ def guidance_in_words(args):
 class Progress:
     """An epoch's batches, handed through: shows the step on a terminal, and at first how long it will take."""
 
-    def __init__(self, batches, args, epoch, steps, device):
-        self.batches, self.args, self.epoch, self.steps, self.device = batches, args, epoch, steps, device
+    def __init__(self, batches, args, epoch, steps, batch_size, device):
+        self.batches, self.args, self.epoch = batches, args, epoch
+        self.steps, self.batch_size, self.device = steps, batch_size, device
         self.started = time.perf_counter()
 
     def __iter__(self):
@@ -440,7 +427,7 @@ class Progress:
                 synchronize(self.device)
                 self.project((self.seconds() - first) / 3)
             if sys.stdout.isatty() and step and (self.epoch or step > 4):  # below what `project` says
-                speed = step * len(batch[1]) / self.seconds()
+                speed = step * self.batch_size / self.seconds()
                 shown = f"epoch {self.epoch}, step {step} of {self.steps}: {speed:.0f} images/s"
                 print(shown, end="  \r", flush=True)
             yield batch
@@ -452,11 +439,8 @@ class Progress:
         total = seconds_a_step * self.steps * self.args.epochs
         less = ", less once guidance ends" if self.args.schedule in ("early", "adaptive") else ""
         print(f"expected time: {timedelta(seconds=round(total))}{less}")
-        if total > 3 * 3600 and self.args.recipe != "small":
-            words = ["python", "train.py", "--recipe", "small"]
-            if self.args.dataset != "cifar100":
-                words += ["--dataset", self.args.dataset, "--data", self.args.data]
-            print(f"That is long. The same method, small enough for a CPU: {quoted(words)}")
+        if total > 3 * 3600 and self.args.recipe == "paper":
+            print("That is long: --recipe small is the same method at a size for a CPU")
 
     def seconds(self):
         """Since the epoch began."""
@@ -494,25 +478,16 @@ def quoted(words):
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-class Interrupted(KeyboardInterrupt):
-    """A SIGTERM, from a cluster's scheduler or torchrun: it ends a run as Ctrl-C does."""
-
-
-def on_sigterm(*_):
-    """The handler of SIGTERM."""
-    raise Interrupted
-
-
 @contextmanager
 def interruptible(args, processes):
     """Ctrl-C and SIGTERM end a run at once, and name the command that goes on."""
-    signal.signal(signal.SIGTERM, on_sigterm)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a scheduler's, or torchrun's
     try:
         yield
     except BaseException as reason:
         # torchrun sends a SIGTERM as soon as another process has failed: the reason is to be told first
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if isinstance(reason, KeyboardInterrupt) and processes.rank == 0:
+        if isinstance(reason, (KeyboardInterrupt, SystemExit)) and processes.rank == 0:
             words = [word for word in sys.argv if word != "--resume"]
             if Path(args.out, "log.jsonl").exists():
                 words.append("--resume")

@@ -182,7 +182,10 @@ def test_what_is_no_file_of_tensors_is_refused_and_runs_nothing():
     torch.save(Malicious(), "malicious")
     torch.save(dict(weights=torch.zeros(1), args=Malicious()), "malicious inside")
     for name in ("empty", "text", "cut", "cache.npz", "malicious", "malicious inside"):
-        with pytest.raises(InputError, match=f"^{name} is damaged or no checkpoint .*; train it again$"):
+        with pytest.raises(
+            InputError,
+            match=f"^{name} is damaged or no checkpoint .*; choose another file, or train it again$",
+        ):
             read_tensors(name)
     assert not Path("executed").exists()
     for name in ("absent.pt", ".", "a" * 300):

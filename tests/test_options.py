@@ -18,7 +18,7 @@ import torch
 from conftest import HERE, command, easy_cache, small_cache, small_tree
 
 import train
-from plumbing import options, runs
+from plumbing import options
 from plumbing.files import InputError
 
 FEW = ("--dataset", "cifar10", "--model", "resnet8", "--epochs", "4", "--batch-size", "16")  # on easy_cache
@@ -314,7 +314,7 @@ def test_exit_codes_are_0_1_130_and_143():
     refusal = InputError("no such file:\n  choose another")
     assert end_of(raises(refusal)) == (1, "error: no such file: choose another\n")
     assert end_of(raises(KeyboardInterrupt())) == (128 + signal.SIGINT, "")
-    assert end_of(raises(runs.Interrupted())) == (128 + signal.SIGTERM, "")
+    assert end_of(raises(SystemExit(128 + signal.SIGTERM))) == (128 + signal.SIGTERM, "")
 
 
 def test_output_that_nobody_reads_on_ends_without_a_traceback(monkeypatch):
