@@ -6,8 +6,8 @@ The two equations, the second as the paper has it (`Guidance` has three forms of
 
 F_vt^i is the student's feature map of guided layer i, taken to the teacher's C_i channels by a learned 1x1
 convolution; F_cnn^i is the frozen teacher's. Both are (B, C_i, H_i, W_i), resized bilinearly to the larger of
-the two grids, and the batch is averaged. beta falls to 0 early in training; from then on neither the
-teacher nor this module is called.
+the two grids, and the batch is averaged. With early guidance beta falls to 0; from then on neither
+the teacher nor this module is called.
 """
 
 import math
@@ -55,7 +55,7 @@ class Guidance(nn.Module):
         """
         scale = 0.0
         for student, teacher in zip(student_features, teacher_features):
-            size = [max(sides) for sides in zip(student.shape[2:], teacher.shape[2:])]
+            size = torch.Size(map(max, student.shape[2:], teacher.shape[2:]))
             scale = scale + F.interpolate(teacher.float(), size, mode="bilinear").square().mean()
         if not 0 < scale < math.inf:
             raise ValueError(f"the teacher's feature maps have a mean square of {float(scale)}")
@@ -71,7 +71,7 @@ class Guidance(nn.Module):
         loss = 0.0
         for project, student, teacher in zip(self.projections, student_features, teacher_features):
             # (B, D, h, w) -> (B, C_i, h, w): a 1x1 convolution and a resize commute; this order is cheaper.
-            # In the precision of the maps, which may be bfloat16 where the projections are not
+            # Not project(student): the maps may be in bfloat16, the projections are in float32
             weight, bias = project.weight.to(student.dtype), project.bias.to(student.dtype)
             student = F.conv2d(student, weight, bias).float()
             teacher = teacher.detach().float()
@@ -87,7 +87,7 @@ class Guidance(nn.Module):
                 teacher = F.interpolate(teacher, size, mode="bilinear")
             mean = F.mse_loss(student, teacher)
             loss = loss + (mean * teacher.shape[1] if self.reduction == "sum" else mean)
-        return loss / self.scale
+        return loss / self.scale  # which is 1 unless "relative"
 
 
 def beta_at(schedule, epoch, epochs, beta=2.5, guide_epochs=None):

@@ -105,7 +105,7 @@ class VisionTransformer(nn.Module):
         B, size = images.shape[0], self.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"expected images of shape (B, 3, {size}, {size}), got {tuple(images.shape)}")
-        # patch_embed as a matrix product: on an H200 its own kernels took 0.7 of the 8.2 ms of a step
+        # self.patch_embed(images), as a matrix product: on an H200 a convolution took 0.7 of the 8.2 ms of a step
         proj, grid, p = self.patch_embed.proj, self.grid, size // self.grid
         x = images.view(B, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)  # (B, row, column, 3, p, p)
         x = F.linear(x.reshape(B, grid**2, 3 * p * p), proj.weight.flatten(1), proj.bias)  # (B, N, D)

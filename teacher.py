@@ -25,7 +25,7 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.relu, self.downsample = nn.ReLU(inplace=True), None
-        if stride != 1 or in_channels != channels:  # by projection, in ResNet-56 too, as the LG code has it
+        if stride != 1 or in_channels != channels:  # a projection, in ResNet-56 too, as in the paper's code
             projection = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(channels))
 
@@ -107,16 +107,16 @@ def load_teacher(checkpoint):
     ValueError if it is not a small ResNet trained at 32 px."""
     name, size = checkpoint["args"]["model"], checkpoint["args"]["image_size"]
     if size != TEACHER_SIZE or name not in CNNS or name == "resnet18":
-        raise ValueError(f"is a {name} at {size} px, not a small ResNet at {TEACHER_SIZE} px")
+        raise ValueError(f"it is a {name} at {size} px, not a small ResNet at {TEACHER_SIZE} px")
     teacher = CNNS[name](checkpoint["data"]["num_classes"])
     teacher.load_state_dict(checkpoint["model"])
-    # Frozen means BatchNorm too: it uses the statistics of its own training and learns no others. In the LG code
-    # the teacher is a part of the student's wrapper, whose .train() puts it back into train mode.
+    # Frozen means BatchNorm too: it uses the statistics of its own training and learns no others. In the paper's
+    # code the teacher is a part of the student's wrapper, whose .train() puts it back into train mode.
     return folded(teacher.eval()).requires_grad_(False)
 
 
 def folded(cnn):
-    """The same function in fewer steps: each BatchNorm, constant by now, becomes part of the convolution before it."""
+    """The same function in fewer steps: each BatchNorm, constant by now, joins the convolution defined before it."""
     for module in cnn.modules():
         for (first, convolution), (second, norm) in pairwise(module.named_children()):
             if isinstance(norm, nn.BatchNorm2d):

@@ -266,7 +266,7 @@ def test_the_adaptive_rule_on_a_straight_line():
 # --------------------------------------------------------------------------------------------- the recipe
 @pytest.mark.parametrize("epochs, warm_up", [(300, 20), (100, 7), (26, 2), (5, 1)])
 def test_the_transformers_learning_rate_is_timms_cosine_at_whole_epochs(epochs, warm_up):
-    """As the LG code sets it up: the ramp replaces the first epochs of the cosine, which does not restart."""
+    """As the paper's code sets it up: the ramp replaces the first epochs of the cosine, which does not restart."""
     scheduler = pytest.importorskip("timm.scheduler", reason="timm is not installed; .ci/run installs it")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=5e-4)
     theirs = scheduler.CosineLRScheduler(optimizer, epochs, 5e-6, warmup_t=warm_up, warmup_lr_init=5e-7)
@@ -354,7 +354,7 @@ def plain_loop(epoch, loss_of):
 
 
 def test_the_loaded_teacher_is_in_eval_mode_and_takes_no_gradient():
-    """BatchNorm uses what it has learnt. In the LG code the student's .train() reaches the teacher too."""
+    """BatchNorm uses what it has learnt. In the paper's code the student's .train() reaches the teacher too."""
     teacher = small_epoch(2.5, train.make_optimizer).teacher  # as load_teacher gave it, never called
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
