@@ -243,7 +243,7 @@ def train(args, processes=Processes()):
         with explained(f"the teacher {path} cannot guide", "choose another --teacher"):
             measure_scale(training.guidance, training.model, teacher, data, args.image_size, precision)
     compiled, compiled_in_words = pick_compile(args.compile, device, steps * args.epochs)
-    folder.announce(data, training, f"{in_words}; {compiled_in_words}")
+    folder.announce(data, training, f"{in_words}; {compiled_in_words}", precision)
     # the plain networks are what is saved and evaluated
     student, teacher, guidance = processes.wrap(
         training.model, teacher, training.guidance, compiled, precision

@@ -17,11 +17,13 @@ from zlib import crc32
 import numpy
 import PIL
 import torch
+import torch.nn.functional as F
 import torchvision
 
+from augment import batches
 from guidance import beta_at
 from model import TRANSFORMERS
-from plumbing.devices import synchronize
+from plumbing.devices import synchronize, to_device
 from plumbing.files import InputError, explained, read_tensors, write_tensors, write_whole
 from plumbing.images import some
 from teacher import CNNS, load_teacher
@@ -325,8 +327,8 @@ class Folder:
         self.write_log(training.history)  # a kill between checkpoint and log has left it a line short
         print(f"resumed after epoch {epoch - 1}")
 
-    def announce(self, data, training, device_in_words):
-        """Says what is about to be trained, with what, and how."""
+    def announce(self, data, training, device_in_words, precision):
+        """Says what is about to be trained, with what, and how; of a CNN, how long it will take."""
         args, (batch_size, steps), images = self.args, self.count_steps(data), len(data.x_train)
         parameters = sum(p.numel() for p in training.model.parameters())
         self.origin |= dict(parameters=parameters, steps=steps, data=describe(data))
@@ -339,6 +341,10 @@ class Folder:
         steps_told = f"{args.epochs} epochs of {steps} steps of {batch_size} images"
         if (unused := images % batch_size) > images / 20:
             steps_told += f", which leaves out {unused} images of each epoch"
+        left = steps * (args.epochs - len(training.history))
+        if left and args.model in CNNS:  # as an automatic teacher is, which somebody may not have expected
+            seconds = left * seconds_a_step(args, data, batch_size, precision)
+            steps_told += f"; this takes about {timedelta(seconds=round(seconds))}"
         print(
             f"data: {args.dataset}, {images} training and {len(data.x_test)} {measured_on(data)} images of "
             f"{data.x_train.shape[-1]} px, {data.num_classes} classes{imbalance(data)}\n"
@@ -362,6 +368,23 @@ class Folder:
                 f"{line['loss_cls']}, loss_guidance {line['loss_guidance']}, beta {line['beta']:.3f}, "
                 f"lr {line['lr']:.2e}; {kept} a lower --lr or --no-amp"
             )
+
+
+def seconds_a_step(args, data, batch_size, precision):
+    """What a CNN's training step takes, but for the update: measured on real images, with a network that is thrown
+    away. A CPU, whose time goes with the images, gets few of them."""
+    device, size = data.x_train.device, args.image_size
+    few = min(batch_size, max(2, 2**15 // size**2)) if device.type == "cpu" else batch_size
+    network = to_device(build(args.model, data.num_classes, size, args.patch_size), device)
+    x, y = data.x_train[:few], data.y_train[:few]
+    for _ in range(2):  # the first time, things are set up too
+        started = time.perf_counter()
+        for images, labels in batches(x, y, few, size, torch.Generator(), args.augment):
+            with precision.autocast:
+                loss = F.cross_entropy(network(images)[0], labels)
+            loss.backward()
+        synchronize(device)
+    return (time.perf_counter() - started) * batch_size / few
 
 
 def measured_on(data):

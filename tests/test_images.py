@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from plumbing.files import InputError
 from plumbing.images import STORED, decode, find_images, open_image, read_images, stamps
@@ -456,15 +456,21 @@ def test_damaged_exif_elsewhere_does_not_matter(tmp_path):
     turned = struct.pack("<HHII", 0x0112, 3, 1, 6)
     text = struct.pack("<HHI4s", 0x010F, 3, 1, b"ab\0\0")
     outside = struct.pack("<HHII", 0x8769, 4, 1, 10**9)  # the sub-folder of tags lies outside the file
-    fraction = struct.pack("<HHII", 0x011A, 5, 1, 10**6)  # so does this resolution
+    maker = struct.pack("<HHII", 0x010F, 2, 2**31, 10)  # so do these letters, the maker's name
+    fraction = struct.pack("<HHII", 0x011A, 5, 1, 10**6)  # and this resolution
     wrong = struct.pack("<HHI4s", 0x9286, 99, 7, b"abcd")  # no such type
     rational = struct.pack("<HHIi", 0x0112, 2, 4, 0)  # an orientation in letters
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + turned + struct.pack("<I", 0)
     for i, entries in enumerate(
-        ([turned], [text, text, text, turned], [turned, outside], [turned, fraction], [wrong, turned])
+        ([turned], [text, text, text, turned], [turned, outside], [maker, turned, fraction], [wrong, turned])
     ):
         for gap in (b"", b"\0\0"):
             (tmp_path / f"{i}.jpg").write_bytes(jpeg(entries, gap))
             assert open_image(tmp_path / f"{i}.jpg").size == (32, 64), entries
+    profile = PngImagePlugin.PngInfo()  # as older ImageMagicks write it into a PNG
+    profile.add_text("Raw profile type exif", f"\nexif\n{len(exif):8d}\n{exif.hex()}\n")
+    halves("red", "blue").save(tmp_path / "a.png", pnginfo=profile)
+    assert open_image(tmp_path / "a.png").size == (32, 64)
     (tmp_path / "letters.jpg").write_bytes(jpeg([rational]))
     assert open_image(tmp_path / "letters.jpg").size == (64, 32)
     for exif in (b"Exif\0\0garbage", b"Exif\0\0", b"II*\0", b"Exif\0\0II*\0\xff\xff\xff\xff"):

@@ -151,7 +151,9 @@ def test_small_and_unbalanced_sets_are_trained_on_and_described(monkeypatch, cap
         row = ("--dataset", "cifar10", "--model", "resnet8", "--epochs", 1)
         command(monkeypatch, *row, *given, "--out", told)
         printed = capsys.readouterr().out
-        assert f"training: 1 epochs of {told}\n" in printed
+        assert re.search(f"training: 1 epochs of {told}; this takes about 0:00:0\\d\n", printed)
+        command(monkeypatch, *row, *given, "--out", told, "--resume")
+        assert "this takes about" not in capsys.readouterr().out  # nothing is left to train
         assert "10 classes (from 1 of 'class 1' to 11 of 'class 0')" in printed
 
 
@@ -183,6 +185,17 @@ def test_whether_a_batch_was_given_is_known_after_a_resume(place, monkeypatch):
         interrupt(monkeypatch, 1, *row, *given, "--out", f"run{steps}")
         command(monkeypatch, "--out", f"run{steps}", "--resume", "--batch-size", given[-1] if given else 128)
         assert records(f"run{steps}")[0]["steps"] == steps and len(records(f"run{steps}")[1]) == 4
+
+
+def test_before_a_cnn_starts_one_line_tells_its_epochs_steps_and_time(place, monkeypatch, capsys):
+    """By a clock that goes on by a second whenever it is read; 32 of a batch of 64 images are tried."""
+    clock = itertools.count()
+    monkeypatch.setattr(train, "train_epoch", lambda *given: pytest.fail("it has started"))
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    with pytest.raises(pytest.fail.Exception):
+        command(monkeypatch, *CNN, "--batch-size", 64, "--out", "run")
+    told = "4 epochs of 2 steps of 64 images, which leaves out 32 images of each epoch; this takes about 0:00:16\n"
+    assert f"\ntraining: {told}" in capsys.readouterr().out
 
 
 def told_of(monkeypatch, capsys, seconds_a_step, steps, epoch=0, schedule="early", **changes):
