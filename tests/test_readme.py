@@ -122,6 +122,24 @@ def test_the_table_of_the_claim_and_its_verdict_are_those_of_the_logs():
     assert middle > half  # it is told apart, and early is ahead
 
 
+def test_when_the_lead_of_early_guidance_arises_is_what_the_logs_say():
+    """Early minus constant, epoch by epoch, means of the five pairs."""
+    curves = [
+        [
+            [
+                line["val_acc"]
+                for line in records_of(HERE / f"results/claim/test/deit_mini-{row}-seed{seed}.jsonl")[1:]
+            ]
+            for seed in (1, 2, 3, 5, 6)
+        ]
+        for row in ("constant-9", "early-90")
+    ]
+    constant, early = np.mean(curves, axis=1)
+    lead = early - constant
+    cells = [f"{lead[epoch]:+.2f}" for epoch in (8, 19, 20, 33, 40, 59)]
+    assert f"\n| points | {' | '.join(cells)} | {lead[55:].mean():+.2f} |\n" in EVIDENCE
+
+
 def test_the_tables_of_the_evidence_are_those_that_plot_has_made():
     """The first of each file, with its machines; test_plot.py holds the files to the committed logs."""
     for folder in ("cifar100-20classes", "cifar100", "glyphs", "glyphs/timed", "claim", "claim/test"):
