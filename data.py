@@ -26,7 +26,7 @@ PARTS = ("train", "test", "other")
 ARCHIVES = {
     "cifar10": "cifar-10-python.tar.gz",
     "cifar100": "cifar-100-python.tar.gz",
-    "flowers": "flowers-102/102flowers.tgz, imagelabels.mat and setid.mat",
+    "flowers": "102flowers.tgz, imagelabels.mat and setid.mat",
 }
 
 
@@ -222,14 +222,15 @@ def write_cache(path, source):
 
 def check(arrays, num_classes, source):
     """The number of classes (None: what the labels say) of parts of square images, or a refusal."""
-    (first, _), *_ = arrays = list(arrays.values())
+    (first, labels), *_ = arrays = list(arrays.values())
+    known = num_classes or not labels.size or labels.min() == 0  # else 0 might mean none
     for x, y in arrays:
         square = x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (*first.shape[1:2] * 2, 3)
         if not (square and x.size and y.shape == x.shape[:1] and y.dtype.kind in "iu"):
             problem = f"images {x.dtype} {x.shape} with labels {y.dtype} {y.shape}"
         else:
             num_classes = num_classes or int(y.max()) + 1
-            if 0 <= y.min() <= y.max() < num_classes:
+            if known and 0 <= y.min() <= y.max() < num_classes:
                 continue
             problem = f"labels from {y.min()} to {y.max()}, not 0 to {num_classes - 1}"
         raise InputError(
@@ -256,8 +257,11 @@ def flowers(root):
     )
     with explained("cannot decode flowers", f"delete {root}/flowers-102 and run the same command again"):
         for part, pairs in dict(train=train + val, test=test).items():
-            fit = [(ImageOps.fit(image, (STORED, STORED), Image.Resampling.BICUBIC), y) for image, y in pairs]
-            arrays[part] = np.stack([np.asarray(image) for image, _ in fit]), np.array([y for _, y in fit])
+            x, y = [], []
+            for image, label in pairs:
+                x.append(np.asarray(ImageOps.fit(image, (STORED, STORED), Image.Resampling.BICUBIC)))
+                y.append(label)
+            arrays[part] = np.stack(x), np.array(y)
     return Source(make_parts(arrays), [f"class {k}" for k in range(CLASSES["flowers"])])
 
 
@@ -268,9 +272,10 @@ def fetch(make, root, name, part):
     except ModuleNotFoundError as error:
         raise InputError(f"torchvision reads {name} with {error.name}: pip install {error.name}") from error
     except (OSError, RuntimeError, EOFError, HTTPException) as error:
+        folder = Path(root, "flowers-102" if name == "flowers" else "")
         raise InputError(
-            f"cannot fetch {name} ({error}); put {root}/{ARCHIVES[name]}, or a cache {name}.npz (see the README), "
-            "in place of any that is damaged or half a download, and run the same command again"
+            f"cannot fetch {name} ({error}); put {ARCHIVES[name]} into {folder} (anew, if damaged or half a download), or "
+            f"a cache {name}.npz (see the README) into {root}, and run the same command again"
         ) from error
 
 
@@ -285,8 +290,9 @@ def chaoyang(root):
             pairs = [(Path(os.path.abspath(root / row["name"])), row["label"]) for row in rows]
             bad = [(p, y) for p, y in pairs if type(y) is not int or not 0 <= y < 4 or root not in p.parents]
             if bad or not pairs:
-                raise ValueError(
-                    f"it is empty, or names a file outside {root} or a label outside 0 to 3: {bad[:1]}"
+                raise InputError(
+                    f"{file} is empty, or names a file outside {root} or a label outside 0 to 3: {bad[:1]}; "
+                    "unpack the data again"
                 )
         splits[kind] = pairs
     return Listing(root, ["normal", "serrated", "adenocarcinoma", "adenoma"], splits, [])

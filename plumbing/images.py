@@ -3,6 +3,7 @@ Names that begin with ".", "@" or "__" (.DS_Store, @eaDir, __MACOSX) are skipped
 
 import hashlib
 import os
+import re
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ FORMATS = [name for name in Image.OPEN if name not in ("BUFR", "GRIB", "HDF5", "
 ENDINGS = {end for end, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
 # Images that it does not read; a DICOM file may have no ending
 OTHERS = {"", ".dcm", ".dicom", ".nii", ".svs", ".ndpi", ".heic"}
+# An upright picture's orientation in EXIF, little or big end first: Pillow stops reading at a damaged tag before it
+TURN = re.compile(b"\x12\1\3\0\1\0\0\0([\1-\10])|\1\x12\0\3\0\0\0\1\0([\1-\10])")
 # A small file can hold an image that fills the memory: above 89 million pixels, where Pillow warns, we refuse
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL.TiffImagePlugin")  # of damaged EXIF
@@ -221,9 +224,10 @@ def open_image(path, side=None):
             if side:
                 image.draft("RGB", (2 * side, 2 * side))  # large JPEGs are decoded several times as fast
             image.load()
-            turn = None
-            with suppress(Exception):  # of damaged EXIF: the image stays as it lies
-                turn = image.getexif().get(0x0112)
+            found = TURN.search(image.info.get("exif", b""))
+            turn = found and (found[1] or found[2])[0]
+            with suppress(Exception):  # of damaged EXIF
+                turn = image.getexif().get(0x0112) or turn
             if image.mode == "F":
                 raise ValueError("floating-point pixels, whose range is unknown: convert it to 8 or 16 bits")
             if image.mode.startswith("I"):  # 16 bits, often few of them used: its own range becomes 0 to 255

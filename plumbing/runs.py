@@ -1,5 +1,6 @@
 """A run's folder: log.jsonl (a line on where the run comes from, then one per epoch) and last.pt, the last epoch."""
 
+import errno
 import json
 import math
 import os
@@ -149,8 +150,10 @@ def locked(folder, wait=False):
                 ) from error
             print(f"waiting for the process that trains into {folder}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks; then it is as on Windows
-            pass
+        except OSError as error:  # then it is as on Windows
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(f"note: {folder} cannot be locked ({error}): start no second process that trains into it")
         yield
 
 

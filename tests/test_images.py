@@ -456,13 +456,20 @@ def test_damaged_exif_elsewhere_does_not_matter(tmp_path):
     turned = struct.pack("<HHII", 0x0112, 3, 1, 6)
     text = struct.pack("<HHI4s", 0x010F, 3, 1, b"ab\0\0")
     outside = struct.pack("<HHII", 0x8769, 4, 1, 10**9)  # the sub-folder of tags lies outside the file
-    maker = struct.pack("<HHII", 0x010F, 2, 2**31, 10)  # so do these letters, the maker's name
+    maker = struct.pack("<HHII", 0x010F, 2, 10, 10**6)  # so do these letters, the maker's name
     fraction = struct.pack("<HHII", 0x011A, 5, 1, 10**6)  # and this resolution
     wrong = struct.pack("<HHI4s", 0x9286, 99, 7, b"abcd")  # no such type
     rational = struct.pack("<HHIi", 0x0112, 2, 4, 0)  # an orientation in letters
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + turned + struct.pack("<I", 0)
     for i, entries in enumerate(
-        ([turned], [text, text, text, turned], [turned, outside], [maker, turned, fraction], [wrong, turned])
+        (
+            [turned],
+            [text, text, text, turned],
+            [turned, outside],
+            [maker, turned],
+            [fraction, turned],
+            [wrong, turned],
+        )
     ):
         for gap in (b"", b"\0\0"):
             (tmp_path / f"{i}.jpg").write_bytes(jpeg(entries, gap))

@@ -309,12 +309,11 @@ def raises(error):
     return program
 
 
-def test_exit_codes_are_0_1_130_and_143():
+def test_exit_codes_are_0_1_and_130():
     assert options.command_line(lambda: None) is None  # Python ends with 0
     refusal = InputError("no such file:\n  choose another")
     assert end_of(raises(refusal)) == (1, "error: no such file: choose another\n")
     assert end_of(raises(KeyboardInterrupt())) == (128 + signal.SIGINT, "")
-    assert end_of(raises(SystemExit(128 + signal.SIGTERM))) == (128 + signal.SIGTERM, "")
 
 
 def test_output_that_nobody_reads_on_ends_without_a_traceback(monkeypatch):
