@@ -18,10 +18,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
-MEAN, STD = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # ImageNet's, whatever the data, as in the paper's code
+# ImageNet's, whatever the data, as in the paper's code
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # RandAugment's operations, u in [0, 1] the level and s = +-1 the sign. Those that move pixels come first.
 OPERATIONS = (

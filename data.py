@@ -223,14 +223,14 @@ def write_cache(path, source):
 def check(arrays, num_classes, source):
     """The number of classes (None: what the labels say) of parts of square images, or a refusal."""
     (first, labels), *_ = arrays = list(arrays.values())
-    known = num_classes or not labels.size or labels.min() == 0  # else 0 might mean none
+    known = num_classes  # else labels that begin at 1 would make a class too many
     for x, y in arrays:
         square = x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (*first.shape[1:2] * 2, 3)
         if not (square and x.size and y.shape == x.shape[:1] and y.dtype.kind in "iu"):
             problem = f"images {x.dtype} {x.shape} with labels {y.dtype} {y.shape}"
         else:
             num_classes = num_classes or int(y.max()) + 1
-            if known and 0 <= y.min() <= y.max() < num_classes:
+            if (known or labels.min() == 0) and 0 <= y.min() <= y.max() < num_classes:
                 continue
             problem = f"labels from {y.min()} to {y.max()}, not 0 to {num_classes - 1}"
         raise InputError(

@@ -253,8 +253,8 @@ def train(args, processes=Processes()):
         beta = beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs)
         beta *= training.guiding  # until AdaptiveStop ends it
         torch.manual_seed((args.seed * 10**6 + epoch * 10**3 + processes.rank) % 2**63)  # drop path
-        images = data.x_train, data.y_train, batch_size, args.image_size
-        augmented = batches(*images, training.generator, args.augment, processes.rank, processes.count)
+        augment = training.generator, args.augment, processes.rank, processes.count
+        augmented = batches(data.x_train, data.y_train, batch_size, args.image_size, *augment)
         progress = runs.Progress(augmented, args, epoch, steps, batch_size, device)
         losses = train_epoch(
             student, teacher, guidance, training.optimizer, training.scheduler, progress, beta, precision
@@ -265,8 +265,9 @@ def train(args, processes=Processes()):
         line = dict(epoch=epoch, beta=beta, loss_cls=loss_cls, loss_guidance=loss_guidance if beta else None)
         line |= dict(lr=lr, train_acc=train_acc)
         folder.check_finite(line, training)
-        test = data.x_test, data.y_test, args.image_size
-        confusion = evaluate(training.model, *test, precision, processes=processes)
+        confusion = evaluate(
+            training.model, data.x_test, data.y_test, args.image_size, precision, processes=processes
+        )
         line["val_acc"], _ = runs.accuracies(confusion)
         if args.schedule == "adaptive" and beta > 0:
             goes_on = training.adaptive.update(loss_guidance)

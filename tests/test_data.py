@@ -126,6 +126,9 @@ def test_labels_from_1_are_refused_where_only_they_tell_the_number_of_classes(tm
         small_cache(tmp_path / "folder.npz", y_train=labels)
         with pytest.raises(InputError, match="labels from 1 to .* Delete it"):
             load("folder", tmp_path)
+    small_cache(tmp_path / "folder.npz", y_train=np.array(["cat", "dog"] * 10))
+    with pytest.raises(InputError, match="labels <U3 .* Delete it"):
+        load("folder", tmp_path)
     small_cache(tmp_path / "chaoyang.npz", y_train=np.arange(20) % 3 + 1, y_test=np.arange(10) % 3 + 1)
     assert load("chaoyang", tmp_path).num_classes == 4
 
