@@ -6,8 +6,8 @@ much stronger than torchvision's magnitude 9), random erasing. `batches` is an e
     draw      all random choices of the epoch, on the CPU, from one seeded generator: the same on every
               device, and as the host knows which image gets which operation, nothing waits for the device
     resample  crop, resize and flip: each axis by itself, so two small matrix products for the whole batch
-    move,     an operation that moves or changes colours, at once on the images that drew it, each with a
-    recolour  parameter of its own
+    move,     an operation that moves pixels or changes colours, at once on all images that drew it, each
+    recolour  with a parameter of its own
 """
 
 import math
@@ -40,7 +40,7 @@ OPERATIONS = (
     "Sharpness",  # the same, base: the smoothed image
 )
 MOVES = OPERATIONS[:5]
-FILL = tuple(round(255 * mean) for mean in MEAN)  # what they bring in from outside the image
+FILL = tuple(round(255 * mean) for mean in MEAN)  # the colour that MOVES bring in from outside the image
 # Bytes to spend on augmenting several batches at once: more memory, fewer kernel launches
 AT_ONCE = {"cpu": 2**27, "cuda": 3 * 2**28, "mps": 2**28}
 
@@ -54,7 +54,7 @@ class Draws(NamedTuple):
     level: torch.Tensor  # (n, 2) u
     sign: torch.Tensor  # (n, 2) s
     erase: torch.Tensor  # (n, 4) in pixels of the output; all 0: nothing is erased
-    noise: torch.Tensor  # (n, 2) the corner of the noise that is put there, in a field of twice the size
+    noise: torch.Tensor  # (n, 2) the corner of the box's noise, in a field of twice the size
 
 
 def draw(n, stored, size, generator, strength="strong"):
@@ -78,8 +78,8 @@ def draw(n, stored, size, generator, strength="strong"):
 
 
 def draw_boxes(n, side, smallest, largest, ratio, generator):
-    """(n, 4) boxes in a square: area uniform between two fractions of it, aspect log-uniform from `ratio` to
-    1 / `ratio`. As in the reference, ten tries for one that fits; where none does (< 1e-8), the square."""
+    """(n, 4) boxes in a square: area uniform between two fractions of the square's, aspect log-uniform from
+    `ratio` to 1 / `ratio`. As in the reference, ten tries each; if none fits (< 1e-8), the whole square."""
     tries = torch.rand(2, n, 10, generator=generator)
     area, aspect = side**2 * (smallest + (largest - smallest) * tries[0]), ratio ** (2 * tries[1] - 1)
     shapes = torch.stack(((area / aspect).sqrt(), (area * aspect).sqrt()), dim=2).round()  # (n, 10, 2)
@@ -97,7 +97,7 @@ def batches(x, y, batch_size, size, generator, strength="strong", rank=0, ranks=
         size: side of the augmented images, in pixels.
         generator: a torch.Generator on the CPU, the only source of randomness.
         strength: as in `draw`.
-        rank, ranks: this process's number, of how many: each takes an equal part of every batch; all draw alike.
+        rank, ranks: this process's number and how many there are; each takes an equal part of every batch.
 
     Yields:
         images float32 (batch_size / ranks, 3, size, size), labels, on the device of x and y.
@@ -109,7 +109,7 @@ def batches(x, y, batch_size, size, generator, strength="strong", rank=0, ranks=
     mine = torch.arange(used).view(-1, batch_size).chunk(ranks, dim=1)[rank].flatten()
     order, draws = send(order[mine], x.device), list(map(itemgetter(mine), draws))
     batch_size //= ranks
-    S = x.shape[-1]  # `resample` needs for an image: its bytes, three float32 copies, weights for both axes
+    S = x.shape[-1]  # in `resample` an image takes its bytes, three float32 copies, weights for both axes
     each = 3 * S**2 + 4 * (3 * S**2 + 3 * S * size + 3 * size**2 + 2 * size * S)
     at_once = max(1, AT_ONCE[x.device.type] // (each * batch_size)) * batch_size
     for start in range(0, len(order), at_once):
@@ -120,8 +120,8 @@ def batches(x, y, batch_size, size, generator, strength="strong", rank=0, ranks=
 
 
 def send(tensor, device):
-    """Copies a tensor of the host to the device. Only CUDA copies asynchronously: on Apple's GPUs the memory of a
-    temporary tensor may be used again before it was read (pytorch issues 189690, 139550, 83015)."""
+    """Copies a host tensor to the device, asynchronously on CUDA only: on Apple's GPUs a temporary tensor's
+    memory may be reused before it has been read (pytorch issues 189690, 139550, 83015)."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -163,8 +163,8 @@ def augment(images, size, draws, noise):
 
 
 def erase(x, boxes, corners, noise):
-    """Puts the part of the noise that begins at its corner (n, 2) into the box (n, 4) of each image (n, 3, S, S), in
-    place: all at once, as a GPU's host would take long to launch a kernel for each image."""
+    """Fills the box (n, 4) of each image (n, 3, S, S), in place, with the noise from its corner (n, 2) on.
+    All images at once: launching a kernel for each would take a GPU's host too long."""
     chosen, S = boxes[:, 2].nonzero()[:, 0], x.shape[-1]
     if not len(chosen):
         return
@@ -184,8 +184,8 @@ def prepare(images, size):
     return TF.normalize(TF.resize(images, [size, size], antialias=True) / 255, MEAN, STD)
 
 
-def eval_batch(size):
-    """How many images of this size are evaluated at once: 500 of 224 px, and of larger ones as much memory."""
+def eval_batch_size(size):
+    """How many images of this size to evaluate at once: 500 up to 224 px, then what fits the same memory."""
     return max(1, min(500, 500 * 224**2 // size**2))
 
 
@@ -202,9 +202,9 @@ def resample(images, size, crop, flip):
     pixel = torch.where((pixel > start) & (pixel < start + length), pixel, torch.inf)  # (n, 2, 1, S)
     point = (torch.arange(size, device=images.device) + 0.5).expand(n, size)
     point = torch.stack((point, torch.where(flip, point.flip(1), point)), dim=1)[..., None]  # (n, 2, size, 1)
-    scale = length / size  # stored pixels to an output pixel
+    scale = length / size  # stored pixels per output pixel
     d = (pixel - (start + scale * point)).div_(scale.clamp(min=1)).abs_()  # (n, 2, size, S)
-    d = d.clamp_(max=2)  # from where on the weight is 0
+    d = d.clamp_(max=2)  # beyond which the weight is 0
     near, far = (1.5 * d - 2.5).mul_(d * d).add_(1), (2.5 - 0.5 * d).mul_(d).sub_(4).mul_(d).add_(2)
     weights = torch.where(d < 1, near, far)
     rows, columns = weights.div_(weights.sum(dim=3, keepdim=True)).unbind(dim=1)  # (n, size, S) each
@@ -214,7 +214,7 @@ def resample(images, size, crop, flip):
 
 
 def move(x, operation, amount, enlarged):
-    """An operation that moves pixels on x, float (b, 3, S, S), 0 .. 255; amount = u s: (b, 1, 1, 1)."""
+    """Moves the pixels of x, float (b, 3, S, S), 0 .. 255, by an operation; amount = u s: (b, 1, 1, 1)."""
     S, amount = x.shape[-1], amount[:, 0]  # (b, 1, 1)
     across = (torch.arange(S, device=x.device) + 0.5) * (2 / S) - 1  # (S,) from -1 to 1
     down = across[:, None]  # (S, 1)
@@ -232,14 +232,14 @@ def move(x, operation, amount, enlarged):
         from_y = from_y + 2 * 0.45 * amount
     inside = ((from_x.abs() < 1) & (from_y.abs() < 1))[:, None]  # (b, 1, S, S)
     grid = torch.stack(torch.broadcast_tensors(from_x, from_y), dim=3)  # (b, S, S, 2)
-    mode = "bilinear" if enlarged else "bicubic"  # on a smooth image as good, at a quarter of the cost
+    mode = "bilinear" if enlarged else "bicubic"  # as good on a smooth image, at a quarter of the cost
     x = F.grid_sample(x, grid, mode, "border", align_corners=False)
     fill = send(torch.tensor(FILL, dtype=torch.float32), x.device).view(3, 1, 1)
     return torch.where(inside, x, fill).round_().clamp_(0, 255)
 
 
 def recolour(x, operation, level, sign):
-    """A colour operation on x, float (b, 3, H, W) of whole numbers 0 .. 255; level, sign: (b, 1, 1, 1)."""
+    """Changes the colours of x, float (b, 3, H, W), whole numbers 0 .. 255; level, sign: (b, 1, 1, 1)."""
     if operation == "AutoContrast":
         low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
         return torch.where(high > low, ((x - low) * (255 / (high - low).clamp(min=1))).floor(), x)

@@ -73,7 +73,7 @@ def rows_of(kind, args, device):
             base._replace(name="--amp --no-compile", amp=True, compile=False),
             base._replace(name="--amp --compile", amp=True, compile=True),
         ]
-        return rows if device.type == "cuda" else rows[::-1]  # to what a long run does by default
+        return rows if device.type == "cuda" else rows[::-1]  # last: what a long run does by default
     if kind == "guidance":
         return [base._replace(name="alone"), base._replace(name="guided", beta=2.5)]
     if kind == "networks":
@@ -83,7 +83,7 @@ def rows_of(kind, args, device):
 
 
 def timed(works, images, args, device, warm_up=1):
-    """Times `works`, name -> a function that works through so many `images`, in turns: `args.repeats` times after
+    """Times `works`, {name: a function that handles `images` images}, in turns: `args.repeats` times, after
     `warm_up` times that do not count. Returns a line for each."""
     times, lines = {name: [] for name in works}, []
     for _ in range(warm_up + args.repeats):
@@ -216,7 +216,7 @@ def cost():
             training = lambda steps: usual.train_epoch(timms, optimizer, steps, precision, META)  # noqa: E731
             counts["timm"] = count_step(training, batch)
         else:
-            print("timm is not installed, and its row left out (pip install timm)")
+            print("timm is not installed, so its row is left out (pip install timm)")
     return [dict(name=name, **count) for name, count in counts.items()]
 
 

@@ -1,7 +1,7 @@
 """Tiny data sets, held in memory whole: one uint8 tensor (N, 3, S, S) and its labels, no DataLoader, no workers.
 
-What was decoded or downloaded is cached as <root>/<name>.npz. A cache that was made from files is used only
-while those are unchanged; one without a list of files, such as your own, as it is, and nothing is downloaded.
+What is decoded or downloaded is cached as <root>/<name>.npz. A cache made from files is used only while the
+files are unchanged; one without a list of files, such as your own, is used as is, and nothing is downloaded.
 """
 
 import hashlib
@@ -54,8 +54,8 @@ class Part(NamedTuple):
     names: list
 
     def only(self, keep, which=""):
-        """The images where `keep` (N,) is true. A choice by place, which depends on the files' names, is named by
-        `which`: the digest then covers the chosen images themselves."""
+        """The images where `keep` (N,) is true. `which` names a choice by position, which depends on file names:
+        the digest then covers the chosen images themselves."""
         if keep.all():
             return self  # a copy might not fit into memory
         x, names = self.x[keep], list(compress(self.names, keep))
@@ -64,7 +64,7 @@ class Part(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What a cache holds. Parts: "train"; "test", which measures; "other", a second one that a folder may have."""
+    """What a cache holds. Parts: "train"; "test", to measure on; "other", a folder's second test set."""
 
     parts: dict
     class_names: list
@@ -76,13 +76,13 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
 
     Args:
         name: glyphs (generated), cifar10, cifar100, flowers, chaoyang or folder.
-        root: where data and caches are or go. For chaoyang the folder with train.json, test.json and images,
-            for folder the one with images in any usual layout (`plumbing.images.find_images`). Where that has
-            no second split, a fifth of every class is the test images.
-        classes: keep the first so many classes only, for a quick run.
+        root: where data and caches are kept. For chaoyang, the folder with train.json, test.json and images;
+            for folder, one with images in any usual layout (`plumbing.images.find_images`). If that has no
+            second split, a fifth of every class becomes the test images.
+        classes: keep only the first `classes` classes, for a quick run.
         device: where the tensors of the returned `Data` are put.
         held_out: the fraction of the training images that takes the place of the test images (`hold_out`).
-        split: "other" for the test/ of a folder that has val/ too, which then takes the place of val/.
+        split: "other" uses test/ in place of val/, in a folder that has both.
 
     Raises:
         InputError: unknown name; missing, damaged or inconsistent files; no network.
@@ -99,7 +99,7 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
         parts["test"] = parts["train"].only(fifth, "a fifth")
         parts["train"] = parts["train"].only(~fifth, "four fifths")
     if split not in parts:
-        raise InputError(f"{root} has no second split, a test/ beside val/: leave --split out")
+        raise InputError(f"{root} has no second split, no test/ beside val/: leave out --split")
     train, test = (parts[key].only(parts[key].y < len(class_names)) for key in ("train", split))
     if not (len(train.y) and len(test.y)):
         raise InputError(f"{name} has no image of the first {classes} classes; choose more classes")
@@ -124,15 +124,15 @@ def report_copies(name, x_train, x_test, kind):
     known = sum(hash(image.tobytes()) in seen for image in x_test)
     if known:
         print(
-            f"note: {known} of the {len(x_test)} {kind} images of {name} are training images too, pixel by "
-            "pixel: on them accuracy shows memory only"
+            f"note: {known} of the {len(x_test)} {kind} images of {name} are training images too, pixel for "
+            "pixel: on these, accuracy only measures memory"
         )
 
 
 def hold_out(labels, fraction):
     """Which images to hold out: (N,) labels -> (N,) bool, about `fraction` of every class, always the same ones.
 
-    At least one image of a class is held out, unless it has no other: that one is trained on.
+    At least one image of each class is held out, unless the class has only one, which is trained on.
     """
     random_state, held = np.random.RandomState(0), np.zeros(len(labels), bool)
     for label in np.unique(labels):  # RandomState's numbers are the same in every version of numpy
@@ -144,8 +144,8 @@ def hold_out(labels, fraction):
 
 
 def open_source(name, root):
-    """A data set from its cache; or made and cached, where there is none or its files have changed."""
-    if name == "glyphs":  # by version: another Pillow draws letters a few levels differently
+    """A data set from its cache, or made anew and cached if there is none or its files have changed."""
+    if name == "glyphs":  # named by version: another Pillow draws letters a few levels differently
         arrays = glyphs()
         digests = ["glyphs 1, training", "glyphs 1, test"]
         return Source(make_parts(dict(train=arrays[:2], test=arrays[2:]), digests), list(GLYPHS))
@@ -169,7 +169,7 @@ def open_source(name, root):
 
 
 def make_parts(arrays, digests=None, files=None):
-    """The parts of a `Source`, of {part: (x, y)}. Without digests of files the arrays are known by their own."""
+    """The parts of a `Source`, from {part: (x, y)}. Without digests of files, the arrays are hashed."""
     names, parts = iter([line.split("\0")[0] for line in files or []]), {}
     for i, (part, (x, y)) in enumerate(arrays.items()):
         y = y.astype(np.int64)  # from any kind of integer
@@ -196,7 +196,7 @@ def read_cache(path, name):
     except MemoryError as error:
         raise InputError(f"{path} does not fit into memory ({error}); free some, or delete it") from error
     except Exception as error:  # damaged, pickled, no zip file: numpy raises many things
-        raise InputError(f"{path} is no usable cache ({error}); delete it to have it made again") from error
+        raise InputError(f"{path} is not a usable cache ({error}); delete it to have it remade") from error
     class_names, digests, files = known
     num_classes = check(arrays, CLASSES[name] or class_names and len(class_names), path)
     class_names = class_names or [f"class {k}" for k in range(num_classes)]
@@ -217,13 +217,13 @@ def write_cache(path, source):
     try:
         write_whole(path, lambda file: np.savez(file, **known))
     except InputError as error:
-        print(f"note: no cache is kept, so that images are decoded at every start: {error}")
+        print(f"note: no cache could be written, so images are decoded at every start: {error}")
 
 
 def check(arrays, num_classes, source):
-    """The number of classes (None: what the labels say) of parts of square images, or a refusal."""
+    """Checks arrays of square images and their labels; returns num_classes (if None, the labels' own)."""
     (first, labels), *_ = arrays = list(arrays.values())
-    known = num_classes  # else labels that begin at 1 would make a class too many
+    known = num_classes  # if unknown, labels that begin at 1 would add an empty class
     for x, y in arrays:
         square = x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (*first.shape[1:2] * 2, 3)
         if not (square and x.size and y.shape == x.shape[:1] and y.dtype.kind in "iu"):
@@ -270,22 +270,22 @@ def fetch(make, root, name, part):
     try:
         return make(root, part, download=True)
     except ModuleNotFoundError as error:
-        raise InputError(f"torchvision reads {name} with {error.name}: pip install {error.name}") from error
+        raise InputError(f"reading {name} takes {error.name}: pip install {error.name}") from error
     except (OSError, RuntimeError, EOFError, HTTPException) as error:
         folder = Path(root, "flowers-102" if name == "flowers" else "")
         raise InputError(
-            f"cannot fetch {name} ({error}); put {ARCHIVES[name]} into {folder} (anew, if damaged or half a download), or "
-            f"a cache {name}.npz (see the README) into {root}, and run the same command again"
+            f"cannot fetch {name} ({error}); put {ARCHIVES[name]} into {folder} (again, if damaged or "
+            f"incomplete), or a cache {name}.npz (see the README) into {root}, and run the same command again"
         ) from error
 
 
 def chaoyang(root):
     """The images of Chaoyang (Zhu et al., IEEE TMI 2021), in its official split: 4,021 + 2,139 images."""
-    root, splits = Path(os.path.abspath(root)), {}  # which follows links, as `resolve` does not
+    root, splits = Path(os.path.abspath(root)), {}  # not `resolve`: images behind a link may lie elsewhere
     for split, kind in (("train", "train"), ("test", "val")):
         file = root / f"{split}.json"
         remedy = "ask the authors of Chaoyang for the data (see README) and give their folder as --data"
-        with explained(f"{file} is missing or no list of {{name, label}}", remedy):
+        with explained(f"{file} is missing or not a list of {{name, label}}", remedy):
             rows = json.loads(file.read_text())
             pairs = [(Path(os.path.abspath(root / row["name"])), row["label"]) for row in rows]
             bad = [(p, y) for p, y in pairs if type(y) is not int or not 0 <= y < 4 or root not in p.parents]

@@ -4,10 +4,10 @@ The two equations, the second as the paper has it (`Guidance` has three forms of
     L = L_cls + beta * L_guidance                                    (Li et al., ECCV 2022, arXiv 2207.10026)
     L_guidance = sum_i 1 / (H_i W_i) * || F_vt^i - F_cnn^i ||_F^2
 
-F_vt^i is the student's feature map of guided layer i, taken to the teacher's C_i channels by a learned 1x1
-convolution; F_cnn^i is the frozen teacher's. Both are (B, C_i, H_i, W_i), resized bilinearly to the larger of
-the two grids, and the batch is averaged. With early guidance beta falls to 0; from then on neither
-the teacher nor this module is called.
+F_vt^i is the student's feature map of guided layer i, projected to the teacher's C_i channels by a learned
+1x1 convolution; F_cnn^i is the frozen teacher's. Both are (B, C_i, H_i, W_i), resized bilinearly to the
+larger of the two grids; the loss is averaged over the batch. With early guidance beta falls to 0; from then
+on neither the teacher nor this module is called.
 """
 
 import math
@@ -24,13 +24,13 @@ class Guidance(nn.Module):
     """The projections and the loss, for the feature maps of any two networks.
 
     Args:
-        student_channels, teacher_channels: channels of the guided feature maps, in the order they will come.
-        reduction: over channels. "sum" is the formula above. "mean" is what the paper's public code computes,
-            so that in each layer sum = C_i * mean. beta = 2.5 was tuned with the mean; with the sum the same
-            beta guides 16 to 64 times harder and favours the deep layers. So "mean" is the default.
-            "relative" is the mean over `scale`, which `measure` sets: 1 for a student whose maps are zero, 0
-            for a perfect copy. The mean is in units of the teacher's features squared, and small teachers
-            have small features; in this form one beta guides equally hard whatever the teacher.
+        student_channels, teacher_channels: channels of the guided feature maps, in the order of the maps.
+        reduction: how channels are combined. "sum" is the formula above, "mean" what the paper's public code
+            computes: in each layer, sum = C_i * mean. beta = 2.5 was tuned with the mean; with the sum the
+            same beta guides 16 to 64 times harder and favours the deep layers. So "mean" is the default.
+            "relative" divides the mean by `scale`, which `measure` sets: the loss is 1 for a student whose
+            maps are zero, 0 for a perfect copy. The mean is in units of the teacher's features squared, and
+            small teachers have small features; in this form one beta guides equally hard with any teacher.
     """
 
     def __init__(self, student_channels, teacher_channels, reduction="mean"):
@@ -49,9 +49,9 @@ class Guidance(nn.Module):
 
     @torch.no_grad()
     def measure(self, student_features, teacher_features):
-        """Sets `scale` for "relative": the teacher's mean squares as they are compared, summed over the layers.
+        """Sets `scale` for "relative": the teacher's mean squares on the grids compared, summed over layers.
 
-        Args: maps as in `forward`; of the student's only the sizes matter, so one image of them is enough.
+        Args: maps as in `forward`; only the sizes of the student's are used, so one image's will do.
         """
         scale = 0.0
         for student, teacher in zip(student_features, teacher_features):
@@ -96,7 +96,7 @@ def beta_at(schedule, epoch, epochs, beta=2.5, guide_epochs=None):
     Args:
         schedule: "none": 0. "constant": beta. "early": beta * (1 - epoch / guide_epochs), not below 0.
             "adaptive": beta; `AdaptiveStop` decides when guidance ends.
-        epoch, epochs: which epoch, counted from 0, of how many.
+        epoch, epochs: the epoch, counted from 0, and how many there are.
         beta: the weight at the start.
         guide_epochs: first epoch without guidance. Default: a third of the epochs for "early" (100 of 300 in
             the research summary), all of them otherwise.
@@ -120,16 +120,16 @@ def beta_at(schedule, epoch, epochs, beta=2.5, guide_epochs=None):
 
 
 class AdaptiveStop:
-    """Ends guidance once its loss hardly falls: the rule of Adaptive Locality Guidance (IEEE TNNLS 2025, doi
-    10.1109/TNNLS.2024.3515076).
+    """Ends guidance once its loss has almost stopped falling: the rule of Adaptive Locality Guidance (IEEE
+    TNNLS 2025, doi 10.1109/TNNLS.2024.3515076).
 
     L(e) is the mean guidance loss of epoch e = 1, 2, ... (mean form, without beta), W the window. The slope
 
         d(1) = 0;   d(e) = (L(e) - mean(L(1 .. e-1))) / e  for e <= W;   d(e) = (L(e) - L(e-W)) / W  for e > W
 
-    is averaged to D(e) over the last W epochs, or all of them while e <= W; guidance goes on while D(e) <
-    threshold. The rule depends on the loss's scale: the threshold is for the mean form, which starts near 39
-    with the paper's teacher, so "relative" takes a 39th of it. `history` is all its state.
+    is averaged over the last W epochs (all of them while e <= W) to give D(e); guidance continues while
+    D(e) < threshold. The default is for the scale of the mean form, which starts near 39 with the paper's
+    teacher; for "relative", train.py divides it by 39. `history` is the only state.
     """
 
     def __init__(self, window=50, threshold=-0.02):
@@ -139,7 +139,7 @@ class AdaptiveStop:
         self.history = []
 
     def update(self, epoch_loss):
-        """Takes L(e) of the epoch just ended; True while guidance goes on. There is no decision at e = 1."""
+        """Takes L(e) of the epoch just ended; returns whether guidance continues (at e = 1, always)."""
         if not math.isfinite(epoch_loss):
             raise ValueError(f"the guidance loss of epoch {len(self.history) + 1} is {epoch_loss}")
         self.history.append(float(epoch_loss))

@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block, (B, N, D) -> (B, N, D); an image skips a branch with chance `drop_path`."""
+    """A pre-norm block, (B, N, D) -> (B, N, D); each image skips each branch with probability `drop_path`."""
 
     def __init__(self, width, heads, drop_path):
         super().__init__()
@@ -58,13 +58,13 @@ class VisionTransformer(nn.Module):
 
     Args:
         num_classes: outputs of the head.
-        image_size, patch_size: side of the square input and of a patch, in pixels; a patch divides the image.
+        image_size, patch_size: side of the square input, and of the patches that divide it evenly, in pixels.
         width, depth, heads: token dimension D, number of blocks, attention heads (they divide D).
         guided_blocks: the blocks (from 0) whose raw output is returned as a feature map, in increasing order.
-        drop_path: stochastic depth of the last block; it rises linearly from 0 at the first one.
+        drop_path: rate of stochastic depth in the last block; it rises linearly from 0 in the first one.
 
     Raises:
-        ValueError: sizes that do not divide, guided blocks that do not exist, images of another shape.
+        ValueError: sizes that do not divide evenly, guided blocks that do not exist, images of another shape.
     """
 
     def __init__(self, num_classes, image_size, patch_size, width, depth, heads, guided_blocks, drop_path):

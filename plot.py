@@ -1,4 +1,4 @@
-"""Rebuilds figures and tables from what runs have written. It alone needs matplotlib: pip install matplotlib
+"""Rebuilds figures and tables from what runs have written. Needs matplotlib: pip install matplotlib
 
     python plot.py runs/* --out figures            tables, curves, and what strength and stopping early change
     python plot.py runs/* --out figures --untimed  without times: these runs shared a machine with others
@@ -39,7 +39,7 @@ LINES = {"none": ":", "constant": "--", "early": "-", "adaptive": "-.", "cnn": "
 COLOURS = dict(zip(LINES, ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7")))  # Okabe and Ito's
 MARKERS = "o^sDv<>"
 KINDS = ("alone", "constant", "fading", "stopped")
-# A teacher makes another row by its network and length, which the logs of its students hold
+# These make no row of their own; a teacher's network and length do, and are in the logs of its students
 NO_ROW = tuple("seed out data device resume evaluate teacher compile command recipe batch_given".split())
 STRENGTH = ("schedule", "beta", "guide_epochs")
 GUIDANCE = (*STRENGTH, *WITHOUT_EFFECT, "teacher_model", "teacher_epochs")
@@ -97,7 +97,7 @@ class Run(NamedTuple):
 def read_run(path):
     """A run's folder or log -> a `Run`, finished or not."""
     path = Path(path, "log.jsonl") if os.path.isdir(path) else Path(path)
-    with explained(f"{path} is no log of train.py", "name folders of runs, or logs"):
+    with explained(f"{path} is not a log of train.py", "name folders of runs, or logs"):
         origin, *epochs = map(json.loads, path.read_text().splitlines())
         held_out = origin.get("data", {}).get("held_out", origin["args"].get("held_out"))
         args = {"reduction": "mean"} | origin["args"] | {"held_out": held_out}  # older logs lack these
@@ -246,7 +246,7 @@ def paired(rows):
             interval = f"{middle - half:+.2f} to {middle + half:+.2f}"
             numbers = [spread(pairs, "+"), f"{len(pairs)}", f"{t}", f"{half:.2f}", interval, verdict]
             lines.append([f"{other}, minus {one}", *numbers])
-    note = "Paired t-tests at 5%: threshold = t * std / sqrt(pairs). Of 20 between equal rows, chance tells one apart."
+    note = "Paired t-tests at 5%: threshold = t * std / sqrt(pairs). Equal rows differ by chance in 1 test of 20."
     return f"{markdown(heads, lines)}\n{note}\n" if lines else ""
 
 
@@ -433,7 +433,7 @@ def draw_maps(name, model, state, images, out):
     """Draws images, and of each the teacher's maps beside the student's projected ones, channels averaged."""
     path = Path(state["origin"]["teacher"])
     if not os.path.isfile(path):
-        return print(f"no maps of {name}: its teacher {path} is not there")
+        return print(f"no maps for {name}: its teacher {path} is missing")
     with explained(f"{path} is not the teacher of {name}", "bring that one back"):
         teacher = load_teacher(load_checkpoint(path))
         guidance = Guidance(model.feature_channels, teacher.feature_channels)
@@ -486,8 +486,8 @@ def main():
     parser = Options(prog="plot.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs, or logs")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where to write (default: figures)")
-    parser.add_argument("--untimed", action="store_true", help="leave times out, as they say nothing")
-    parser.add_argument("--look", action="store_true", help="also draw from checkpoints, inside the networks")
+    parser.add_argument("--untimed", action="store_true", help="leave times out, where they mean nothing")
+    parser.add_argument("--look", action="store_true", help="also look inside the networks, from last.pt")
     args = parser.parse_args()
     paths = [path for run in args.runs for path in matching(run) or [run]]
     rows, out, timed = read_rows(paths), Path(args.out), not args.untimed

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from augment import eval_batch, prepare
+from augment import eval_batch_size, prepare
 from data import load
 from plumbing.devices import pick_device, to_device
 from plumbing.files import InputError, matching, write_whole
@@ -29,7 +29,7 @@ from plumbing.runs import accuracies, check_data, restore
 def probabilities(model, images, image_size, precision):
     """uint8 images (N, 3, S, S), prepared as test images are -> (N, K) on the CPU; rows sum to 1."""
     found = []
-    for part in images.split(eval_batch(image_size)):
+    for part in images.split(eval_batch_size(image_size)):
         with precision.autocast:
             logits, _ = model(prepare(part, image_size))
         found.append(logits.float().softmax(dim=1).cpu())
@@ -62,7 +62,7 @@ def interval(share, count, z=1.96):
     return tuple(100 * (middle + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
 
 
-def tell_by_class(confusion, names):
+def print_by_class(confusion, names):
     """Prints accuracy and a table: for every class its images, how many are right, what it is mostly taken for."""
     accuracy, balanced = accuracies(confusion)
     low, high = interval(accuracy / 100, confusion.sum().item())
@@ -94,19 +94,19 @@ def parse(argv=None):
     parser = Options(prog="predict.py", description=about)
     add = parser.add_argument
     add("checkpoint", help="a run's last.pt")
-    add("images", nargs="*", help="image files; without any, the images that the run measured itself on")
+    add("images", nargs="*", help="image files (default: the images that the run was measured on)")
     add("--top", type=int, help="how many classes to name (default: 3)")
-    add("--split", choices=["val", "test"], help="test: of a folder with val/ and test/, the latter")
-    add("--data", metavar="DIR", help="where its data set is now (default: where it was trained)")
+    add("--split", choices=["val", "test"], help="test: use the test/ of a folder that has val/ too")
+    add("--data", metavar="DIR", help="where the run's data set is now, if it has moved")
     add("--csv", metavar="FILE", help="write image, truth, prediction, probability")
     add("--figure", metavar="FILE", help="draw the confusion matrix (needs matplotlib)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_intermixed_args(argv)  # images may stand behind options
     if args.images and (args.figure or args.split):
-        parser.error("--figure and --split are about a data set: name no images with them")
+        parser.error("--figure and --split apply to a data set: leave out the images")
     if args.top is not None and args.top < 1:
         parser.error(f"--top must be at least 1, not {args.top}")
-    idle, what = ("data", "with images that are named") if args.images else ("top", "without images to name")
+    idle, what = ("data", "when images are given") if args.images else ("top", "without images")
     if getattr(args, idle) is not None:
         print(f"note: {what}, --{idle} has no effect")
     return args
@@ -120,25 +120,25 @@ def main():
 
         file_type(args.figure)
     model, state = restore(args.checkpoint)
-    theirs, about, names = state["args"], state["data"], state["data"]["class_names"]
+    run, about, names = state["args"], state["data"], state["data"]["class_names"]
     device, precision, _ = pick_device(args.device, None)
     model = to_device(model, device)
     if args.images:
         paths, images = open_images(args.images, about["side"])
-        found = probabilities(model, images.to(device), theirs["image_size"], precision)
+        found = probabilities(model, images.to(device), run["image_size"], precision)
         name_images(found, paths, names, args.top or 3)
         truth = [""] * len(paths)
     else:
         split = "other" if args.split == "test" else "test"
-        folder = args.data or theirs["data"]
-        data = load(theirs["dataset"], folder, theirs["classes"], device, about["held_out"], split)
+        folder = args.data or run["data"]
+        data = load(run["dataset"], folder, run["classes"], device, about["held_out"], split)
         check_data(args.checkpoint, about, data, but_for=["test"] * (split == "other"))
-        found = probabilities(model, data.x_test, theirs["image_size"], precision)
+        found = probabilities(model, data.x_test, run["image_size"], precision)
         paths, truth = data.test_names, [names[k] for k in data.y_test.tolist()]
         pairs = data.num_classes * data.y_test.cpu() + found.argmax(dim=1)
         confusion = pairs.bincount(minlength=data.num_classes**2).view(data.num_classes, data.num_classes)
-        print(f"{args.checkpoint}: {theirs['model']}, {len(state['history'])} epochs, on {len(truth)} images")
-        tell_by_class(confusion, names)
+        print(f"{args.checkpoint}: {run['model']}, {len(state['history'])} epochs, on {len(truth)} images")
+        print_by_class(confusion, names)
         if args.figure:
             shown = [name.encode("utf-8", "replace").decode() for name in names]  # ? for what is no character
             draw(confusion.numpy(), shown, Path(args.figure))

@@ -1,10 +1,10 @@
 """ResNets: the small CNN that guides (ResNet-56 at 32 px) and the CNN to compare with (ResNet-18 at 224 px).
 
-Both are networks of "Deep Residual Learning for Image Recognition" (He et al., CVPR 2016), of basic blocks
+Both come from "Deep Residual Learning for Image Recognition" (He et al., CVPR 2016), are made of basic blocks
 
     y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))
 
-that differ in the stem and the stages only. Parameters are named as torchvision names them.
+and differ only in the stem and the stages. Parameters are named as in torchvision.
 """
 
 from itertools import pairwise
@@ -85,17 +85,17 @@ def resnet56(num_classes):
 
 
 def resnet20(num_classes):
-    """A teacher of a third of the depth, for trials on a CPU; features as ResNet-56."""
+    """A teacher about a third as deep, for trials on a CPU; features as in ResNet-56."""
     return ResNet(num_classes, (3, 3, 3), (16, 32, 64), small=True)
 
 
 def resnet8(num_classes):
-    """The smallest of the family, teacher of the generated data set; features as ResNet-56."""
+    """The smallest of the family, the teacher for the generated data set; features as in ResNet-56."""
     return ResNet(num_classes, (1, 1, 1), (16, 32, 64), small=True)
 
 
 def resnet18(num_classes):
-    """The CNN row: 11,227,812 parameters with 100 classes; at 224 px features (64,56,56) ... (512,7,7)."""
+    """The CNN to compare with: 11,227,812 parameters with 100 classes; at 224 px maps (64,56,56) ... (512,7,7)."""
     return ResNet(num_classes, (2, 2, 2, 2), (64, 128, 256, 512), small=False)
 
 
@@ -110,13 +110,13 @@ def load_teacher(checkpoint):
         raise ValueError(f"it is a {name} at {size} px, not a small ResNet at {TEACHER_SIZE} px")
     teacher = CNNS[name](checkpoint["data"]["num_classes"])
     teacher.load_state_dict(checkpoint["model"])
-    # Frozen means BatchNorm too: it uses the statistics of its own training and learns no others. In the paper's
-    # code the teacher is a part of the student's wrapper, whose .train() puts it back into train mode.
+    # Frozen includes BatchNorm: it keeps the statistics that it was trained with. In the paper's code the teacher
+    # is part of the student's wrapper, whose .train() puts it back into train mode.
     return folded(teacher.eval()).requires_grad_(False)
 
 
 def folded(cnn):
-    """The same function in fewer steps: each BatchNorm, constant by now, joins the convolution defined before it."""
+    """The same function in fewer steps: each frozen BatchNorm is folded into the convolution defined before it."""
     for module in cnn.modules():
         for (first, convolution), (second, norm) in pairwise(module.named_children()):
             if isinstance(norm, nn.BatchNorm2d):

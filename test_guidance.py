@@ -441,7 +441,7 @@ def test_one_command_trains_the_teacher_then_the_guided_student_and_tells_its_st
     assert history[0]["loss_guidance"] > 0 and history[1]["loss_guidance"] is None
     keys = {"loss_cls", "train_acc", "val_acc", "lr", "seconds", "images_per_second"}
     assert all(line.keys() >= keys for line in history)
-    # the learning rate in the log is that of an epoch's last step: the teacher has ten of 320 images
+    # the learning rate in the log is that of an epoch's last step: 320 images make ten for the teacher
     teacher = runs.load_checkpoint("runs/glyphs-resnet8-seed0/last.pt")
     rates = [0.05 * (1 + math.cos(math.pi * (epoch + 9 / 10) / 5)) for epoch in range(5)]
     assert [line["lr"] for line in teacher["history"]] == pytest.approx(rates)
@@ -457,8 +457,8 @@ def test_one_command_trains_the_teacher_then_the_guided_student_and_tells_its_st
 
 @pytest.mark.parametrize("warm_up, guided", [(1, 2), (2, 3)])
 def test_an_adaptive_relative_run_stops_after_the_warm_up(folder, monkeypatch, capsys, warm_up, guided):
-    """The rule says stop after epoch 1, counted from 0; while the learning rate rises, it is not obeyed. Its
-    threshold, for a loss that starts near 39, is divided. The unit is measured once, told and kept."""
+    """The rule says stop after epoch 1, counted from 0, but is ignored while the learning rate rises. Its
+    threshold, for a loss that starts near 39, is divided. The scale is measured once, printed and kept."""
     measured, rules, measure = [], [], train.measure_scale
     monkeypatch.setattr(train, "measure_scale", lambda *args: measured.append(measure(*args)))
     monkeypatch.setattr(train, "warm_up_epochs", lambda epochs: warm_up)
@@ -475,7 +475,7 @@ def test_an_adaptive_relative_run_stops_after_the_warm_up(folder, monkeypatch, c
 
 
 def test_rows_of_one_seed_share_first_weights_teacher_and_first_batch(folder, monkeypatch):
-    """So that they compare in pairs, also over forms of the loss: sum = C * mean a layer, C = 16, 32, 64."""
+    """So that they compare in pairs, even across forms of the loss: sum = C * mean a layer, C = 16, 32, 64."""
     rows = []
 
     def noted(student, teacher, guidance, optimizer, scheduler, batches, beta, precision):

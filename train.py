@@ -8,13 +8,13 @@ Usage:
     L = L_cls + beta * L_guidance      beta (`beta_at`) falls to 0; from then on the teacher is never called
 
 What makes it work, and its effect where that was measured (on a CPU, except item 5; see results/README.md):
-    1. A small CNN guides early: on the generated images 24% alone and 94% guided, three seeds.
-    2. The data set lies on the device whole, and batches are augmented there (augment.py): 1.6 times as many
+    1. A small CNN guides early: 94% with guidance, 24% without, on the generated images (three seeds).
+    2. The whole data set is on the device, and batches are augmented there (augment.py): 1.6 times as many
        images/s at 224 px as timm's transforms on Pillow images in two workers, 5 times as many at 32 px.
-    3. The teacher sees 32 px, without gradients, while beta is above 0: 4% more operations a step, counted.
-    4. Convolutions have their channels last, attention and the optimiser are fused.
-    5. On a GPU: bfloat16 throughout, with 0.63 of the kernel launches of timm's model and 0.74 of its bytes (counted);
-       torch.compile with CUDA graphs, 2.1 times as fast as eager (H200); the host waits for it once an epoch.
+    3. The teacher works at 32 px, without gradients, only while beta > 0: 4% more operations a step, counted.
+    4. Convolutions run channels-last; attention and the optimiser are fused.
+    5. On a GPU: bfloat16 throughout, 0.63 times the kernel launches of timm's model and 0.74 times its bytes
+       (counted); torch.compile with CUDA graphs, 2.1 times as fast as eager (H200); one synchronisation an epoch.
 """
 
 import math
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from augment import batches, eval_batch, prepare
+from augment import batches, eval_batch_size, prepare
 from data import load
 from guidance import AdaptiveStop, Guidance, beta_at
 from model import TRANSFORMERS
@@ -35,7 +35,7 @@ from plumbing.devices import Processes, join_processes, pick_compile, pick_devic
 from plumbing.files import InputError, explained
 from teacher import CNNS, TEACHER_SIZE, ResNet
 
-DEFAULTS = {  # columns: paper (the public code's but for the schedule), small (its like for a CPU), glyphs
+DEFAULTS = {  # columns: paper (the public code's, except the schedule), small (similar, for a CPU), glyphs
     "recipe": ("paper", "small", "glyphs"),
     "dataset": ("cifar100", "cifar100", "glyphs"),
     "classes": (None, 20, None),
@@ -49,7 +49,7 @@ DEFAULTS = {  # columns: paper (the public code's but for the schedule), small (
     "schedule": ("early", "early", "early"),
     "reduction": ("mean", "relative", "relative"),  # of the guidance loss; beta follows (guidance.BETA)
     "teacher": ("resnet56", "resnet8", "resnet8"),
-    "cnn_epochs": (300, 30, 5),  # the teacher's, and those of a CNN's own row
+    "cnn_epochs": (300, 30, 5),  # of a CNN, as teacher or to compare with
     "cnn_batch_size": (128, 128, 64),
     "cnn_lr": (0.1, 0.1, 0.1),
 }
@@ -65,7 +65,7 @@ def train_epoch(student, teacher, guidance, optimizer, scheduler, batches, beta,
         Means over the epoch: cross-entropy, guidance loss (0 if beta is 0), accuracy in %.
     """
     student.train()
-    sums = 0.0  # on the device, so that the host waits for it once, at the end
+    sums = 0.0  # on the device, so that the host waits for the GPU only once, at the end
     for step, (images, labels) in enumerate(batches, start=1):  # (B, 3, S, S), (B,)
         optimizer.zero_grad()  # here, so that the forward pass can reuse the gradients' memory
         with precision.autocast:
@@ -89,12 +89,12 @@ def train_epoch(student, teacher, guidance, optimizer, scheduler, batches, beta,
 
 @torch.no_grad()
 def evaluate(model, images, labels, image_size, precision, as_teacher=False, processes=Processes()):
-    """How often each class is taken for which, on test images prepared at image_size, or `as_teacher` sees them
-    while it guides: (K, K) counts, true class by predicted class. Each process evaluates its share."""
+    """The confusion matrix, (K, K) counts: true class by predicted class. Images are prepared at image_size and,
+    if `as_teacher`, shrunk as they are for guidance. Each process evaluates its share."""
     model.eval()
     images, labels = images[processes.rank :: processes.count], labels[processes.rank :: processes.count]
-    few, counts = eval_batch(image_size), 0
-    for part, truth in zip(images.split(few), labels.split(few)):
+    at_once, counts = eval_batch_size(image_size), 0
+    for part, truth in zip(images.split(at_once), labels.split(at_once)):
         part = prepare(part, image_size)
         if as_teacher:
             part = F.interpolate(part, TEACHER_SIZE, mode="bilinear")
@@ -111,7 +111,7 @@ def warm_up_epochs(epochs):
 
 
 def lr_at(epoch, epochs, peak, transformer):
-    """Learning rate at a point of training, `epoch` in [0, epochs], fractions of an epoch too.
+    """Learning rate at time `epoch`, a number in [0, epochs] that need not be whole.
 
     CNN: cosine from peak to 0. Transformer: timm's cosine, as in the paper's code: a straight line from peak / 1000
     to peak over the warm-up, which replaces the first part of a cosine from peak to peak / 100.
@@ -126,22 +126,22 @@ def lr_at(epoch, epochs, peak, transformer):
 
 
 def make_optimizer(model, guidance, lr, fused=True):
-    """AdamW for a transformer with its projections (None: no guidance), SGD with Nesterov momentum for a CNN.
-    Norms, biases, the cls token and the positions do not decay."""
+    """AdamW for a transformer and its projections (None if unguided), SGD with Nesterov momentum for a CNN.
+    Norms, biases, the cls token and the position embedding get no weight decay."""
     named = [*model.named_parameters(), *(guidance.named_parameters() if guidance else [])]
-    free = [p for name, p in named if p.ndim < 2 or name.split(".")[-1] in ("cls_token", "pos_embed")]
-    decayed = [p for _, p in named if all(p is not other for other in free)]
-    groups = [dict(params=decayed), dict(params=free, weight_decay=0)]
+    no_decay = [p for name, p in named if p.ndim < 2 or name.split(".")[-1] in ("cls_token", "pos_embed")]
+    decay = [p for _, p in named if all(p is not other for other in no_decay)]
+    groups = [dict(params=decay), dict(params=no_decay, weight_decay=0)]
     if isinstance(model, ResNet):
         sgd = torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
-        for _, p in named:  # else a first step that the GradScaler skips leaves it uninitialised memory
+        for _, p in named:  # otherwise it is uninitialised memory if the GradScaler skips the first step
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), weight_decay=0.05, fused=fused)
 
 
 def trained_teacher(args):
-    """The teacher's file. If --teacher names a network instead, it is trained now, unless it has been."""
+    """The teacher's checkpoint file. If --teacher names a network instead, trains that first if need be."""
     if args.teacher not in CNNS:
         return Path(args.teacher)
     theirs = options.of_teacher(args, RECIPES)
@@ -152,7 +152,7 @@ def trained_teacher(args):
         return path
     with runs.locked(path.parent, wait=True):  # another run may be training it
         if not runs.is_finished(path):
-            if path.exists():  # goes on as it was begun
+            if path.exists():  # unfinished: it is continued with the options that it was begun with
                 begun = runs.load_checkpoint(path)["args"]
                 vars(theirs).update(begun, device=args.device, data=args.data, out=theirs.out, resume=True)
             print(f"no trained teacher in {path.parent}: training {args.teacher} for {theirs.epochs} epochs")
@@ -162,9 +162,9 @@ def trained_teacher(args):
 
 
 def measure_scale(guidance, student, teacher, data, image_size, precision):
-    """Sets the unit of a relative guidance loss, on 512 training images prepared as test images are."""
+    """Sets the scale of a relative guidance loss from 512 training images, prepared like test images."""
     images = prepare(data.x_train[:: max(1, len(data.x_train) // 512)][:512], image_size)
-    student.eval()  # one image, for the sizes of its maps, is nothing to learn from
+    student.eval()  # one image of it, for the sizes of its maps: BatchNorm must not learn from it
     with torch.no_grad(), precision.autocast:
         _, features = student(images[:1])
         _, targets = teacher(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))
@@ -200,7 +200,7 @@ class Training:
 
     def load_state_dict(self, state):
         for name, part in self.parts().items():
-            if part and (name != "scaler" or state[name]):  # it is empty where none was needed
+            if part and (name != "scaler" or state[name]):  # the state of an unused scaler is empty
                 part.load_state_dict(state[name])
         self.generator.set_state(state["generator"])
         self.guiding, self.adaptive.history = state["guiding"], state["adaptive"]
@@ -251,10 +251,10 @@ def train(args, processes=Processes()):
 
     for epoch in range(len(training.history), args.epochs):
         beta = beta_at(args.schedule, epoch, args.epochs, args.beta, args.guide_epochs)
-        beta *= training.guiding  # until AdaptiveStop ends it
+        beta *= training.guiding  # 0 once AdaptiveStop has ended guidance
         torch.manual_seed((args.seed * 10**6 + epoch * 10**3 + processes.rank) % 2**63)  # drop path
-        augment = training.generator, args.augment, processes.rank, processes.count
-        augmented = batches(data.x_train, data.y_train, batch_size, args.image_size, *augment)
+        augmentation = training.generator, args.augment, processes.rank, processes.count
+        augmented = batches(data.x_train, data.y_train, batch_size, args.image_size, *augmentation)
         progress = runs.Progress(augmented, args, epoch, steps, batch_size, device)
         losses = train_epoch(
             student, teacher, guidance, training.optimizer, training.scheduler, progress, beta, precision
@@ -271,7 +271,7 @@ def train(args, processes=Processes()):
         line["val_acc"], _ = runs.accuracies(confusion)
         if args.schedule == "adaptive" and beta > 0:
             goes_on = training.adaptive.update(loss_guidance)
-            training.guiding = goes_on or epoch < warm_up_epochs(args.epochs)  # while the rate still rises
+            training.guiding = goes_on or epoch < warm_up_epochs(args.epochs)  # never ended in the warm-up
         training.history.append(line | dict(seconds=progress.seconds(), images_per_second=speed))
         folder.save(training, data)
         runs.show_epoch(training.history[-1], args.epochs)

@@ -228,7 +228,7 @@ def join_processes(args):
     if cuda:
         if local >= torch.cuda.device_count():
             raise InputError(
-                f"no GPU is left for process {local}, of {torch.cuda.device_count()}; choose a "
+                f"process {local} has no GPU: there are {torch.cuda.device_count()}; choose a "
                 "lower --nproc_per_node, or --device cpu"
             )
         torch.cuda.set_device(local)
@@ -237,5 +237,5 @@ def join_processes(args):
     try:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=30))
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"the processes do not find each other ({error}); start them by torchrun") from error
+        raise InputError(f"the processes cannot find each other ({error}); start with torchrun") from error
     return Processes(rank, count)

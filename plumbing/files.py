@@ -16,8 +16,8 @@ class InputError(ValueError):
 
 
 def matching(pattern):
-    """The paths that a pattern such as *.jpg names, as cmd and PowerShell leave patterns to the program. A file or
-    folder of that very name goes before."""
+    """The paths that match a pattern such as *.jpg, which cmd and PowerShell do not expand. A file or folder of
+    exactly that name takes precedence."""
     return glob.glob(glob.escape(pattern)) or sorted(glob.glob(pattern))
 
 
@@ -80,7 +80,7 @@ def has_ended(pid):
 
 
 def write_tensors(path, state):
-    """Writes a dictionary with torch.save; by way of memory, so that only the disk's own errors are the disk's."""
+    """Writes a dictionary with torch.save, via memory: an error while writing is then really one of the disk."""
     buffer = io.BytesIO()
     try:
         torch.save(state, buffer)
@@ -102,7 +102,7 @@ def read_tensors(path):
     except Exception as error:  # damaged, a foreign pickle, no torch file at all: torch raises many things
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if out_of_memory(error):
-            raise InputError(f"out of memory while {path} was read ({reason}): end other programs") from error
+            raise InputError(f"out of memory while reading {path} ({reason}): end other programs") from error
         raise InputError(
-            f"{path} is damaged or no checkpoint ({reason}); choose another file, or train it again"
+            f"{path} is damaged or not a checkpoint ({reason}); choose another file, or train it again"
         ) from error

@@ -27,7 +27,7 @@ FORMATS = [name for name in Image.OPEN if name not in ("BUFR", "GRIB", "HDF5", "
 ENDINGS = {end for end, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
 # Images that it does not read; a DICOM file may have no ending
 OTHERS = {"", ".dcm", ".dicom", ".nii", ".svs", ".ndpi", ".heic"}
-# An upright picture's orientation in EXIF, little or big end first: Pillow stops reading at a damaged tag before it
+# The EXIF tag for orientation, little- or big-endian: Pillow stops reading at a damaged tag before it
 TURN = re.compile(b"\x12\1\3\0\1\0\0\0([\1-\10])|\1\x12\0\3\0\0\0\1\0([\1-\10])")
 # A small file can hold an image that fills the memory: above 89 million pixels, where Pillow warns, we refuse
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -79,7 +79,7 @@ def find_images(root):
         places = some(map("/".join, odd))
         raise InputError(f"{top} holds splits or classes inside of other classes: {places}; {LAYOUT}")
     if inner:
-        notes.append(f"sub-folders count to their class: {some(map('/'.join, inner))}")
+        notes.append(f"sub-folders count as part of their class: {some(map('/'.join, inner))}")
     if kinds := some(f"{n} {kind}" for kind, n in left_out.most_common()):
         notes.append(f"left out: {kinds} (used: files that Pillow reads, in a folder for each class)")
     classes = check_classes(folders, images, unread, notes)
@@ -119,7 +119,7 @@ def find_splits(top, rows, notes):
         raise InputError(f"{top} holds {min(found.values()).name}/ but no train/; {LAYOUT}")
     if "test" in found and "val" in found:
         val, test = found["val"].name, found["test"].name
-        notes.append(f"{val}/ measures the training; {test}/ is left for predict.py")
+        notes.append(f"accuracy is measured on {val}/; {test}/ is left for predict.py")
     elif "test" in found:
         found["val"] = found.pop("test")
     return found

@@ -80,7 +80,7 @@ def add_options(parser, recipes):
     add("--dataset", choices=CLASSES, help="glyphs is generated, the others are real (default: glyphs)")
     add("--data", metavar="DIR", help="where data sets and their caches are (default: data)")
     add("--classes", type=int, metavar="K", help="use the first K classes only, for a quick run")
-    held_out = "for choosing: measure on this fraction of the training images, not on the test images"
+    held_out = "to choose options: measure on this fraction of the training images, not on the test images"
     add("--held-out", type=float, metavar="F", help=held_out)
     add("--model", choices=[*TRANSFORMERS, *CNNS])
     add("--schedule", choices=["none", "constant", "early", "adaptive"], help="of beta (default: early)")
@@ -91,14 +91,14 @@ def add_options(parser, recipes):
     )
     add("--reduction", choices=["mean", "sum", "relative"], help=reduction)
     add("--guide-epochs", type=int, metavar="N", help="first epoch without guidance (early: a third)")
-    add("--teacher", metavar="FILE", help="its last.pt, or its model's name, to be trained if need be")
+    add("--teacher", metavar="FILE", help="the teacher's last.pt, or a model's name, trained first if needed")
     add("--epochs", type=int)
     add("--batch-size", type=int, help="(default: the recipe's, or less for few images)")
     add("--lr", type=float, help="peak learning rate")
     add("--image-size", type=int, help="pixels the model sees")
     add("--patch-size", type=int, help="pixels of a transformer's patch")
     add("--augment", choices=["strong", "weak"], help="strong: the reference recipe; weak: crop and flip")
-    add("--init", metavar="FILE", help="first weights: a last.pt, or timm's or torchvision's of the network")
+    add("--init", metavar="FILE", help="initial weights: a last.pt, or timm's or torchvision's for the model")
     add("--seed", type=int, help="of weights, order and augmentation (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: auto)")
     add("--amp", action=on_off, help="bfloat16, on older GPUs float16 (default: on a CUDA GPU)")
@@ -146,9 +146,9 @@ def check(args, fail):
     if args.model in CNNS and args.schedule != "none":
         fail(f"{args.model} is a CNN and takes no guidance: leave --schedule out")
     if args.schedule == "adaptive" and args.reduction == "sum":
-        fail("the adaptive rule is made for the mean form of the loss, or --reduction relative: not for sum")
+        fail("the adaptive rule is made for --reduction mean or relative, not for sum")
     if args.teacher == "resnet18":
-        fail("resnet18 is no teacher: choose resnet56, resnet20 or resnet8")
+        fail("resnet18 cannot be a teacher: choose resnet56, resnet20 or resnet8")
     limits = dict(epochs=(1, 10**6), batch_size=(2, 2**63), image_size=(8, 2048), patch_size=(1, 2048))
     limits |= dict(lr=(1e-12, 2**63), seed=(0, 2**63))
     for key, (least, most) in limits.items():
@@ -218,7 +218,7 @@ def in_one_line(error):
         return f"out of memory ({reason}); {smaller}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         give_up_stdout()  # no other file: `write_whole` has a message of its own
-        return f"cannot write what is printed ({reason}); free space, or send it elsewhere"
+        return f"cannot write the output ({reason}); free space, or send it elsewhere"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({reason}); try again with --no-compile"
     if isinstance(error, dist.DistError) or "gloo" in reason:

@@ -47,7 +47,7 @@ def build(name, num_classes, image_size, patch_size):
 
 def load_checkpoint(path):
     """What `Folder.save` saved, as a dictionary on the CPU."""
-    state, problem = read_tensors(path), f"{path} was made by another version of train.py, or is no last.pt"
+    state, problem = read_tensors(path), f"{path} is from another version of train.py, or is not a last.pt"
     with explained(problem, "choose another, or train it again"):
         parts = "model projections optimizer scheduler scaler generator guiding adaptive history origin"
         require(parts, state)
@@ -98,8 +98,8 @@ def write_weights(checkpoint, path):
 
 
 def initialise(network, path):
-    """Gives a network its first weights from a checkpoint of ours, or from timm's or torchvision's state_dict of the
-    same network. Strictly, but for a head that is missing or of another number of classes, which starts anew."""
+    """Gives a network its initial weights from a checkpoint of ours, or timm's or torchvision's state_dict of the
+    same network. All must fit, except a head that is missing or of another number of classes: it starts afresh."""
     state = read_tensors(path)
     with explained(f"{path} does not hold weights for this network", "choose another --init"):
         state = state.get("model", state.get("state_dict", state))
@@ -109,10 +109,10 @@ def initialise(network, path):
         anew = [name for name in odd if name in ours and name.split(".")[0] in ("head", "fc")]
         if len(odd) > len(anew):
             names = some((name for name in odd if name not in anew), 3)
-            raise ValueError(f"missing, of another shape or of no use: {names}")
+            raise ValueError(f"missing, unused or of another shape: {names}")
         network.load_state_dict(state | {name: ours[name] for name in anew})
-    others = f"; {' and '.join(anew)} start anew, as it has none for these classes" if anew else ""
-    print(f"first weights: {path}{others}")
+    others = f"; {' and '.join(anew)} start afresh: the file has none for these classes" if anew else ""
+    print(f"initial weights: {path}{others}")
 
 
 def check_data(path, was, data, but_for=()):
@@ -134,8 +134,8 @@ def check_data(path, was, data, but_for=()):
 
 @contextmanager
 def locked(folder, wait=False):
-    """Holds the folder's lock: no other process trains into it meanwhile. One that has it is waited for, or makes
-    this an error. The lock goes with its process, however that ends."""
+    """Holds the folder's lock, so that no other process trains in it. If one holds it already, waits for it or
+    raises InputError. The lock is released when its process ends, however it ends."""
     with explained(f"cannot write into {folder}", "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # not the log, which every epoch replaces
@@ -146,14 +146,14 @@ def locked(folder, wait=False):
         except BlockingIOError as error:
             if not wait:
                 raise InputError(
-                    f"another process trains into {folder}: wait for it, or choose another --out"
+                    f"another process is training in {folder}: wait for it, or choose another --out"
                 ) from error
-            print(f"waiting for the process that trains into {folder}", flush=True)
+            print(f"waiting for the process that is training in {folder}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:  # then it is as on Windows
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            print(f"note: {folder} cannot be locked ({error}): start no second process that trains into it")
+            print(f"note: {folder} cannot be locked ({error}): never train in it from two processes at once")
         yield
 
 
@@ -185,7 +185,7 @@ def begin(args):
                 "it is with --teacher"
             )
         if weights_crc(load_checkpoint(path)) != state["origin"]["teacher_crc"]:
-            raise InputError(f"{last} was guided by another teacher than {path} is now: bring that one back")
+            raise InputError(f"{path} is not the teacher that guided {last}: bring that one back")
     return state
 
 
@@ -300,12 +300,12 @@ class Folder:
         if present > 1 and balanced < 100 / present + 1:
             folder = quoted([str(Path(path).parent)])
             raise InputError(
-                f"the teacher {path} is at chance ({balanced:.1f}% on the mean over the classes): choose "
+                f"the teacher {path} is at chance (balanced accuracy {balanced:.1f}%): choose "
                 f"another --teacher, or remove {folder} and train it longer: {self.origin['teacher_command']} "
                 f"--epochs {2 * epochs} --out {folder}; then run this command again"
             )
         print(
-            f"teacher: {name} of {path}, trained for {epochs} epochs with {augment} augmentation; it gets "
+            f"teacher: {name} from {path}, trained for {epochs} epochs with {augment} augmentation; it gets "
             f"{accuracy:.2f}% of the {measured_on(data)} images right, as it sees them while it guides"
         )
         self.origin |= dict(teacher_acc=accuracy)
@@ -317,10 +317,10 @@ class Folder:
         (_, steps), begun = self.count_steps(data), self.origin
         if steps != begun.get("steps", steps):  # of few images the batch depends on the number of processes
             raise InputError(
-                f"{self.last} was begun with {begun['steps']} steps an epoch, now there are {steps}: start "
-                f"as many processes as then, {begun['processes']}"
+                f"{self.last} was begun with {begun['steps']} steps an epoch but would now have {steps}: start "
+                f"as many processes as before, {begun['processes']}"
             )
-        with explained(f"{self.last} is no whole state of a run", "start another --out"):
+        with explained(f"{self.last} is not a complete checkpoint", "start again with another --out"):
             training.load_state_dict(state)
         self.origin |= {key: now[key] for key in ("teacher",) if key in now}  # where it lies now
         epoch = len(training.history)
@@ -374,8 +374,8 @@ class Folder:
 
 
 def seconds_a_step(args, data, batch_size, precision):
-    """What a CNN's training step takes, but for the update: measured on real images, with a network that is thrown
-    away. A CPU, whose time goes with the images, gets few of them."""
+    """Seconds that a CNN's training step takes, without the update: measured on real images with a throwaway
+    network. On a CPU, where time grows with the number of images, a few of them suffice."""
     device, size = data.x_train.device, args.image_size
     few = min(batch_size, max(2, 2**15 // size**2)) if device.type == "cpu" else batch_size
     network = to_device(build(args.model, data.num_classes, size, args.patch_size), device)
@@ -391,7 +391,7 @@ def seconds_a_step(args, data, batch_size, precision):
 
 
 def measured_on(data):
-    """What kind of images measures, in a word."""
+    """Which images accuracy is measured on: "test" or "held-out"."""
     return "test" if data.about.get("held_out") is None else "held-out"
 
 
@@ -466,7 +466,7 @@ class Progress:
         less = ", less once guidance ends" if self.args.schedule in ("early", "adaptive") else ""
         print(f"expected time: {timedelta(seconds=round(total))}{less}")
         if total > 3 * 3600 and self.args.recipe == "paper":
-            print("That is long: --recipe small is the same method at a size for a CPU")
+            print("That is long: --recipe small is the same method, sized for a CPU")
 
     def seconds(self):
         """Since the epoch began."""

@@ -18,7 +18,19 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import augment
 import train
-from augment import MEAN, MOVES, OPERATIONS, STD, batches, draw, eval_batch, move, prepare, recolour, resample
+from augment import (
+    MEAN,
+    MOVES,
+    OPERATIONS,
+    STD,
+    batches,
+    draw,
+    eval_batch_size,
+    move,
+    prepare,
+    recolour,
+    resample,
+)
 from guidance import Guidance
 from model import VisionTransformer
 from plumbing.devices import make_precision
@@ -138,7 +150,7 @@ def test_the_test_transform_is_pillows_bilinear_resize_and_imagenets_normalisati
 
 
 def test_evaluation_takes_fewer_images_at_once_where_they_are_large():
-    assert [eval_batch(size) for size in (32, 224, 448, 2048)] == [500, 500, 125, 5]
+    assert [eval_batch_size(size) for size in (32, 224, 448, 2048)] == [500, 500, 125, 5]
 
 
 # ---------------------------------------------------------------------------------------------- the draws
@@ -278,7 +290,7 @@ def test_the_parts_of_several_processes_are_together_the_batches_of_one():
 
 
 class Memory(TorchDispatchMode):
-    """The bytes that tensors made while it is entered hold at once, at most."""
+    """The most bytes held at once by tensors that were created in this context."""
 
     now = peak = 0
 

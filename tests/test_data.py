@@ -139,7 +139,7 @@ def test_a_damaged_cache_is_refused(tmp_path):
     whole = cache.read_bytes()
     for content in (b"", b"no zip", whole[: len(whole) // 2]):
         cache.write_bytes(content)
-        with pytest.raises(InputError, match=r"cifar10\.npz is no usable cache .*delete it"):
+        with pytest.raises(InputError, match=r"cifar10\.npz is not a usable cache .*delete it"):
             load("cifar10", tmp_path)
 
 
@@ -321,7 +321,7 @@ def test_notes_on_a_folder_are_told_also_when_it_comes_from_its_cache(tmp_path, 
         assert note.startswith("note: left out: 1 .txt ")
 
 
-def test_where_nothing_can_be_written_a_folder_is_read_without_a_cache_and_said(
+def test_where_no_cache_can_be_written_a_folder_is_read_without_one_and_a_note_says_so(
     tmp_path, monkeypatch, capsys
 ):
     def full(path, save):
@@ -330,7 +330,7 @@ def test_where_nothing_can_be_written_a_folder_is_read_without_a_cache_and_said(
     monkeypatch.setattr(data, "write_whole", full)
     assert len(load("folder", small_tree(tmp_path)).x_train) == 6
     (note,) = notes(capsys)
-    assert note.startswith("note: no cache is kept") and "folder.npz (No space left" in note
+    assert note.startswith("note: no cache could be written") and "folder.npz (No space left" in note
 
 
 def test_a_folder_without_val_and_test_holds_out_a_fifth_of_every_class(tmp_path, capsys):
@@ -382,7 +382,7 @@ def test_with_val_and_test_val_measures_and_test_is_left_for_later(tmp_path):
     assert len(first.x_test) == 6 and len(later.x_test) == 2 and torch.equal(first.x_train, later.x_train)
     assert later.test_names == ["test/cat/image 0.png", "test/dög/image 0.png"]
     assert not images_of(first.x_test) & images_of(later.x_test)
-    with pytest.raises(InputError, match="no second split, a test/ beside val/: leave --split out"):
+    with pytest.raises(InputError, match="no second split, no test/ beside val/: leave out --split"):
         load("folder", small_tree(tmp_path / "another"), split="other")
 
 
@@ -443,8 +443,8 @@ def test_chaoyangs_images_may_lie_elsewhere_behind_a_link(tmp_path):
     "listed, message",
     [
         ([], "train.json is empty"),
-        (7, "train.json is missing or no list"),
-        ("text", "train.json is missing or no list"),
+        (7, "train.json is missing or not a list"),
+        ("text", "train.json is missing or not a list"),
         ([dict(name="train/image 0.JPG", label=4)], "a label outside 0 to 3"),
         ([dict(name="train/image 0.JPG", label="0")], "a label outside 0 to 3"),
         ([dict(name="a.JPG")], "train.json .*'label'"),
@@ -464,7 +464,7 @@ def test_a_chaoyang_list_that_is_no_json_is_refused(tmp_path):
     chaoyang_tree(tmp_path)
     for text in ("{", "[" * 10**5):
         (tmp_path / "test.json").write_text(text)
-        with pytest.raises(InputError, match="test.json is missing or no list"):
+        with pytest.raises(InputError, match="test.json is missing or not a list"):
             load("chaoyang", tmp_path)
 
 

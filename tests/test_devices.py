@@ -125,8 +125,8 @@ def test_one_process_alone_sums_and_averages_nothing(monkeypatch):
     [
         (["--model", "resnet8"], {}, "resnet8 trains in one process, .*: use python"),
         (["--batch-size", "5"], {}, "2 processes cannot share batches of 5: choose a multiple of 2"),
-        (["--device", "cuda"], dict(LOCAL_RANK="99"), "no GPU is left for process 99, of .*--device cpu"),
-        (["--device", "cpu"], {}, "do not find each other .*start them by torchrun"),
+        (["--device", "cuda"], dict(LOCAL_RANK="99"), "process 99 has no GPU: there are .*--device cpu"),
+        (["--device", "cpu"], {}, "cannot find each other .*start with torchrun"),
     ],
 )
 def test_processes_that_cannot_run_together_say_why(monkeypatch, argv, environment, message):

@@ -184,7 +184,7 @@ def test_what_is_no_file_of_tensors_is_refused_and_runs_nothing():
     for name in ("empty", "text", "cut", "cache.npz", "malicious", "malicious inside"):
         with pytest.raises(
             InputError,
-            match=f"^{name} is damaged or no checkpoint .*; choose another file, or train it again$",
+            match=f"^{name} is damaged or not a checkpoint .*; choose another file, or train it again$",
         ):
             read_tensors(name)
     assert not Path("executed").exists()
@@ -208,5 +208,5 @@ def test_a_whole_file_that_does_not_fit_into_memory_is_not_called_damaged(tmp_pa
 
     write_tensors(tmp_path / "last.pt", dict(weights=torch.zeros(1)))
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(InputError, match="^out of memory while .*last.pt was read .*: end other programs$"):
+    with pytest.raises(InputError, match="^out of memory while reading .*last.pt .*: end other programs$"):
         read_tensors(tmp_path / "last.pt")

@@ -80,7 +80,7 @@ def test_every_usual_layout_is_found(tmp_path, folders, splits):
     assert listing.splits["train"][0][0] == tmp_path / folders[0] / "ant" / "0.png"
     if "val" in splits:
         assert all(path.parts[-3] == folders[1] for path, _ in listing.splits["val"])
-    told = [f"{name}/ measures the training; {folders[-1]}/ is left for predict.py" for name in folders[1:-1]]
+    told = [f"accuracy is measured on {s}/; {folders[-1]}/ is left for predict.py" for s in folders[1:-1]]
     assert listing.notes == told
 
 
@@ -129,14 +129,16 @@ def test_data_sets_and_splits_inside_of_classes_are_refused(tmp_path, folders, i
     assert re.match(inside.replace(".*", "splits or classes inside of other classes"), told)
 
 
-def test_other_sub_folders_count_to_their_class_which_is_said(tmp_path):
+def test_other_sub_folders_count_as_part_of_their_class_and_a_note_says_so(tmp_path):
     """Perhaps they are masks, or classes, and should not."""
     for name in ("ant", "bee"):
         tree(tmp_path / name, ["."], [name, "masks"])
         (tmp_path / name / "empty").mkdir()
     listing = find_images(tmp_path)
     assert counts(listing) == {"train": {"ant": 4, "bee": 4}}
-    assert listing.notes == ["sub-folders count to their class: ant/ant, ant/masks, bee/bee, bee/masks"]
+    assert listing.notes == [
+        "sub-folders count as part of their class: ant/ant, ant/masks, bee/bee, bee/masks"
+    ]
 
 
 def test_a_test_folder_without_labels_is_left_out_and_said(tmp_path):
@@ -298,7 +300,7 @@ def test_subfolders_of_a_class_count_and_a_folder_that_may_only_be_read_works(tm
     finally:
         [folder.chmod(0o755) for folder in folders]
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    assert find_images(root).notes == ["sub-folders count to their class: ant/2019/may"]
+    assert find_images(root).notes == ["sub-folders count as part of their class: ant/2019/may"]
 
 
 # ------------------------------------------------------------------------------------------- what is no image

@@ -225,15 +225,15 @@ BAD = {  # what is wrong: how it comes about, the command, what the message says
     "beta": (nothing, ["--beta", "-1"], "beta must be finite and at least 0"),
     "guide epochs": (nothing, ["--guide-epochs", "0"], "guide_epochs must be at least 1"),
     "guided CNN": (nothing, [*FEW, "--schedule", "early"], "takes no guidance: leave --schedule out"),
-    "adaptive sum": (nothing, ["--schedule", "adaptive", "--reduction", "sum"], "made for the mean form"),
-    "large teacher": (nothing, ["--teacher", "resnet18"], "resnet18 is no teacher: choose"),
+    "adaptive sum": (nothing, ["--schedule", "adaptive", "--reduction", "sum"], "made for --reduction mean"),
+    "large teacher": (nothing, ["--teacher", "resnet18"], "resnet18 cannot be a teacher: choose"),
     "none held out": (nothing, ["--held-out", "0"], "--held-out must lie between 0 and 1, not 0"),
     "all held out": (nothing, ["--held-out", "1"], "--held-out must lie between 0 and 1, not 1"),
     "held out": (nothing, ["--held-out=-0.5"], "--held-out must lie between 0 and 1, not -0.5"),
     "nan held out": (nothing, ["--held-out", "nan"], "--held-out must lie between 0 and 1, not nan"),
     "absent GPU": (nothing, [*FEW, "--device", "cuda:99"], "does not work here"),
     "many classes": (nothing, [*FEW, "--classes", "11"], "choose from 2 to 10"),
-    "malicious cache": (cache(y_test=np.array([Malicious()] * 10)), FEW, "no usable cache.*delete it"),
+    "malicious cache": (cache(y_test=np.array([Malicious()] * 10)), FEW, "not a usable cache.*delete it"),
     "no folder": (nothing, FOLDER, "--data must hold train/<class>"),
     "no Chaoyang": (nothing, ["--dataset", "chaoyang"], "train.json is missing.*ask the authors"),
     "locked image": (locked_tree, FOLDER, "image 0.png.*ermission"),
@@ -249,23 +249,23 @@ BAD = {  # what is wrong: how it comes about, the command, what the message says
     "nothing to resume": (nothing, [*FEW, "--resume"], "nothing to resume in runs/cifar10-resnet8-seed0"),
     "long name": (nothing, [*RESUME, "--out", "a" * 300], "the run in a+ cannot be read .*another --out"),
     "other data": (cache(), RESUME, "run/last.pt was trained on other data.*training images"),
-    "cut own checkpoint": (content("run/last.pt", 0.7), RESUME, "run/last.pt is damaged or no checkpoint"),
+    "cut own checkpoint": (content("run/last.pt", 0.7), RESUME, "run/last.pt is damaged or not a checkpoint"),
     "empty optimiser": (
         checkpoint(lambda state: state["optimizer"].clear()),
         RESUME,
-        "run/last.pt is no whole state of a run.*start another --out",
+        "run/last.pt is not a complete checkpoint.*start again with another --out",
     ),
     "no teacher": (nothing, [*TAUGHT, "--teacher", "absent.pt"], "no file absent.pt: check the name"),
-    "malicious teacher": (checkpoint(lambda state: Malicious()), TAUGHT, "damaged or no checkpoint"),
+    "malicious teacher": (checkpoint(lambda state: Malicious()), TAUGHT, "damaged or not a checkpoint"),
     "weights as teacher": (
         checkpoint(lambda state: state["model"]),
         TAUGHT,
-        "made by another version of train.py, or is no last.pt .*choose another",
+        "from another version of train.py, or is not a last.pt .*choose another",
     ),
     "list as teacher": (
         checkpoint(lambda state: [1, 2]),
         TAUGHT,
-        "made by another version of train.py, or is no last.pt .*choose another",
+        "from another version of train.py, or is not a last.pt .*choose another",
     ),
 }
 
@@ -330,9 +330,7 @@ def test_output_on_a_full_disk_ends_with_one_line(monkeypatch, words):
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
     code, told = end_of(lambda: print(words or "epoch", flush=not words))
     assert code == 1
-    assert re.fullmatch(
-        "error: cannot write what is printed .*No space left.*; free space, [^\n]*\n", told
-    ), told
+    assert re.fullmatch("error: cannot write the output .*No space left.*; free space, [^\n]*\n", told), told
     sys.stdout.close()  # as Python does when it ends
 
 

@@ -305,10 +305,10 @@ def test_a_damaged_log_is_an_error_with_its_name(plot, tmp_path):
         unknown.replace("late", ""),
     ):
         bad.write_text(content)
-        with pytest.raises(InputError, match="b.jsonl is no log of train.py"):
+        with pytest.raises(InputError, match="b.jsonl is not a log of train.py"):
             plot.read_rows([good, bad])
     for name in ("absent", "a" * 300):
-        with pytest.raises(InputError, match=f"{name} is no log of train.py"):
+        with pytest.raises(InputError, match=f"{name} is not a log of train.py"):
             plot.read_rows([good, tmp_path / name])
 
 
@@ -571,7 +571,7 @@ def test_look_draws_the_inside_of_every_row_from_checkpoints(plot, small_glyphs,
     capsys.readouterr()
     Path("runs/glyphs-resnet8-seed0/last.pt").unlink()
     run_plot(plot, monkeypatch, *look, "--out", "f")
-    line = "no maps of deit_mini + early guidance, beta 9: its teacher runs/glyphs-resnet8-seed0/last.pt is not there"
+    line = "no maps for deit_mini + early guidance, beta 9: its teacher runs/glyphs-resnet8-seed0/last.pt is missing"
     assert line in capsys.readouterr().out.splitlines()
     assert not list(Path("f").glob("maps*")) and Path("f/attention.png").exists()
     Path("9/last.pt").unlink()

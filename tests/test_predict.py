@@ -1,4 +1,4 @@
-"""A trained network is used: what is in images, accuracy by class, first weights for another run, elsewhere."""
+"""Using a trained network: naming images, accuracy by class, initial weights for another run, other libraries."""
 
 import csv
 import os
@@ -110,9 +110,9 @@ def test_without_images_it_measures_what_the_run_measured_class_by_class(told, p
 
 
 def test_options_without_effect_are_told(told):
-    assert told("run/last.pt", "--top", 2).startswith("note: without images to name, --top has no effect\n")
+    assert told("run/last.pt", "--top", 2).startswith("note: without images, --top has no effect\n")
     named = told("run/last.pt", "photos/val/ant/0.png", "--data", "gone")
-    assert named.startswith("note: with images that are named, --data has no effect\n")
+    assert named.startswith("note: when images are given, --data has no effect\n")
 
 
 def test_images_may_stand_before_and_behind_options(told):
@@ -174,7 +174,7 @@ def test_another_split_is_never_mistaken_for_the_images_held_out(photos, monkeyp
         (["run/last.pt", "photos/val/*"], r"there is no image file photos/val/\*"),  # only folders
         (["run/last.pt", "run/log.jsonl"], "cannot read 1 images"),
         (["run/last.pt", "--top", "0"], "--top must be at least 1"),
-        (["run/last.pt", "photos/val/ant/0.png", "--split", "test"], "are about a data set"),
+        (["run/last.pt", "photos/val/ant/0.png", "--split", "test"], "apply to a data set"),
         (["run/last.pt", "--data", "nowhere"], "nowhere"),
     ],
 )
@@ -198,7 +198,7 @@ def test_balanced_accuracy_is_the_mean_over_the_classes_that_occur():
     assert runs.accuracies(confusion) == (99.0, 50.0)
 
 
-# --------------------------------------------------------------------------------------- first weights
+# ------------------------------------------------------------------------------------- initial weights
 
 
 def test_init_takes_our_checkpoint_and_starts_a_head_of_another_size_anew(photos, monkeypatch, capsys):
@@ -210,14 +210,14 @@ def test_init_takes_our_checkpoint_and_starts_a_head_of_another_size_anew(photos
     head = other.fc.weight.clone()
     runs.initialise(other, "run/last.pt")
     assert torch.equal(other.conv1.weight, model.conv1.weight) and torch.equal(other.fc.weight, head)
-    assert "fc.weight and fc.bias start anew, as it has none for these classes" in capsys.readouterr().out
+    assert "fc.weight and fc.bias start afresh: the file has none for these" in capsys.readouterr().out
     with pytest.raises(
         InputError,
         match=r"does not hold weights for this network \(.*: (\S+ ){3}and \d+ more\); choose another",
     ):
         runs.initialise(deit_mini(2), "run/last.pt")
     torch.save(other.state_dict() | {"head_dist": head}, "more.pt")
-    with pytest.raises(InputError, match=r"\(missing, of another shape or of no use: head_dist\); choose"):
+    with pytest.raises(InputError, match=r"\(missing, unused or of another shape: head_dist\); choose"):
         runs.initialise(other, "more.pt")
 
 

@@ -213,7 +213,7 @@ def test_a_run_of_days_says_so_after_four_steps_and_names_a_smaller_recipe(monke
     told = told_of(monkeypatch, capsys, 10.0, 390)  # 390 steps of 300 epochs
     assert told.splitlines() == [
         "expected time: 13 days, 13:00:00, less once guidance ends",
-        "That is long: --recipe small is the same method at a size for a CPU",
+        "That is long: --recipe small is the same method, sized for a CPU",
     ]
     assert train.parse(["--recipe", "small"])  # it exists
     assert "That is long" not in told_of(monkeypatch, capsys, 10.0, 390, recipe="small")
@@ -310,10 +310,10 @@ def test_a_run_on_a_folder_that_was_moved_keeps_its_teacher(place, monkeypatch):
 def test_a_run_that_began_with_given_weights_goes_on_without_their_file(place, monkeypatch, capsys):
     run = (*MINI, "--schedule", "none", "--init", "student/last.pt", "--out", "run")
     interrupt(monkeypatch, 1, *run)
-    assert "first weights: student/last.pt" in capsys.readouterr().out
+    assert "initial weights: student/last.pt" in capsys.readouterr().out
     shutil.rmtree("student")
     command(monkeypatch, *run, "--resume")
-    assert len(records("run")[1]) == 3 and "first weights" not in capsys.readouterr().out
+    assert len(records("run")[1]) == 3 and "initial weights" not in capsys.readouterr().out
 
 
 def test_first_weights_that_are_no_weights_are_refused(place, monkeypatch):
@@ -366,12 +366,10 @@ def test_a_finished_run_is_resumed_without_any_change(place, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("part, key", [(None, "scheduler"), ("data", "side"), ("args", "teacher")])
-def test_a_run_of_another_version_is_neither_resumed_nor_guides(place, monkeypatch, part, key):
+def test_a_run_of_another_version_can_neither_be_resumed_nor_guide(place, monkeypatch, part, key):
     change_checkpoint("teacher/last.pt", lambda state: (state[part] if part else state).pop(key))
     for argv in ((*CNN, "--out", "teacher", "--resume"), (*GUIDED, "--out", "run")):
-        with pytest.raises(
-            SystemExit, match=f"teacher/last.pt was made by another version .*lacks {key}.*again"
-        ):
+        with pytest.raises(SystemExit, match=f"teacher/last.pt is from another version .*lacks {key}.*again"):
             command(monkeypatch, *argv)
 
 
@@ -440,7 +438,7 @@ def test_a_sigterm_that_comes_while_a_run_ends_does_not_cut_off_the_reason(place
 def test_two_processes_never_train_into_one_folder(place, monkeypatch):
     with runs.locked(Path("run")):
         with pytest.raises(
-            SystemExit, match="another process trains into run: wait for it, or choose another"
+            SystemExit, match="another process is training in run: wait for it, or choose another"
         ):
             command(monkeypatch, *CNN, "--out", "run")
         assert not Path("run/log.jsonl").exists()
@@ -490,7 +488,7 @@ def test_a_run_goes_on_with_as_many_steps_an_epoch_as_it_was_begun_with(place):
         patch.setattr(runs, "check_data", lambda *given: None)
         patch.setattr(folder, "processes", 2)
         with pytest.raises(
-            InputError, match="begun with 10 steps an epoch, now there are 11: .* processes as then, 1"
+            InputError, match="with 10 steps an epoch but would now have 11: .* processes as before, 1"
         ):
             folder.resume(dict(data={}, origin=begun), None, images)
 
@@ -505,7 +503,7 @@ def test_a_second_start_waits_for_the_teacher_that_the_first_one_trains(place, m
             shutil.copy("teacher/last.pt", folder)
 
     def note(*words, **options):
-        waiting.set() if words[0].startswith("waiting for the process that trains into") else None
+        waiting.set() if words[0].startswith("waiting for the process that is training in") else None
         print(*words, **options)
 
     monkeypatch.setattr(runs, "print", note, raising=False)
@@ -515,8 +513,8 @@ def test_a_second_start_waits_for_the_teacher_that_the_first_one_trains(place, m
     command(monkeypatch, *MINI, "--epochs", 1, "--teacher", "resnet8", "--out", "second")
     first.join()
     told = capsys.readouterr().out
-    assert f"waiting for the process that trains into {folder}" in told and "no trained teacher" not in told
-    assert f"teacher: resnet8 of {folder}/last.pt" in told and len(records("second")[1]) == 1
+    assert f"waiting for the process that is training in {folder}" in told and "no trained" not in told
+    assert f"teacher: resnet8 from {folder}/last.pt" in told and len(records("second")[1]) == 1
 
 
 # ------------------------------------------------------------------------------------------------- teachers
@@ -537,7 +535,7 @@ def test_a_teacher_trained_for_less_counts_and_an_interrupted_one_is_continued_w
     told = capsys.readouterr().out
     assert "no trained teacher" not in told and len(records(default)[1]) == 4
     assert (
-        f"teacher: resnet8 of {default}/last.pt, trained for 4 epochs with strong augmentation; it gets"
+        f"teacher: resnet8 from {default}/last.pt, trained for 4 epochs with strong augmentation; it gets"
         in told
     )
     change_checkpoint(default / "last.pt", lambda state: state["args"].update(epochs=5))
@@ -613,7 +611,7 @@ def test_the_augmentation_that_a_teacher_had_is_told(place, monkeypatch, capsys)
     assert records("run")[0]["teacher_augment"] == "strong"
 
 
-def test_a_teacher_that_has_seen_held_out_images_is_refused_and_the_automatic_one_does_not(
+def test_a_teacher_that_has_seen_held_out_images_is_refused_and_the_automatic_one_never_sees_them(
     place, monkeypatch
 ):
     held_out = (*MINI, "--epochs", 1, "--held-out", "0.25")
@@ -640,9 +638,7 @@ def test_a_resumed_run_is_guided_by_the_same_teacher_wherever_that_lies_now(plac
             command(monkeypatch, "--out", "run", "--resume", *moved)
     shutil.copytree("archive", "teacher")
     change_checkpoint("teacher/last.pt", lambda state: state["model"]["fc.bias"].add_(1))
-    with pytest.raises(
-        SystemExit, match="run/last.pt was guided by another teacher than teacher/last.pt is now"
-    ):
+    with pytest.raises(SystemExit, match="teacher/last.pt is not the teacher that guided run/last.pt"):
         command(monkeypatch, "--out", "run", "--resume")
     command(monkeypatch, "--out", "run", "--resume", "--teacher", "archive/last.pt")
     assert records("run")[0]["teacher"] == "archive/last.pt"
@@ -742,7 +738,7 @@ def test_weights_in_half_precision_are_a_small_file_that_guides_and_is_recognise
         assert tensor.dtype == expected.dtype
     shutil.rmtree("teacher")
     command(monkeypatch, *MINI, "--teacher", "handed/out.pt", "--out", "run")
-    assert "teacher: resnet8 of handed/out.pt, trained for 4 epochs" in capsys.readouterr().out
+    assert "teacher: resnet8 from handed/out.pt, trained for 4 epochs" in capsys.readouterr().out
     assert records("run")[0]["teacher_command"] == about["origin"]["command"]
     change_checkpoint(
         "handed/out.pt", lambda state: state["model"].update({"fc.bias": torch.full((10,), 1e6)})
@@ -789,7 +785,7 @@ def test_a_users_scalars_are_trained_and_they_and_nested_positions_do_not_decay(
         assert any(parameter is other for other in free)
 
 
-def test_a_first_step_that_float16_leaves_out_warns_nobody_and_leaves_no_momentum(recwarn):
+def test_a_first_step_skipped_in_float16_gives_no_warning_and_leaves_no_momentum(recwarn):
     """Its gradients overflow: the scaler skips the update, and the learning rate goes on. The next step is a first one:
     with the momentum still 0, Nesterov's takes 1.9 times the gradient."""
     device = torch.device("cpu")
