@@ -288,6 +288,7 @@ def main():
     """The command line, also in each of the processes that torchrun starts."""
     args = parse()
     processes = join_processes(args)
+    options.tell_expected(args, RECIPES[args.recipe])
     with runs.interruptible(args, processes):
         run(args, processes)
     processes.leave()

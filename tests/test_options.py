@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, command, easy_cache, small_cache, small_tree
+from conftest import HERE, command, easy_cache, records_of, small_cache, small_tree
 
 import train
 from plumbing import options
@@ -48,6 +48,29 @@ def test_every_option_has_a_value_of_its_recipe_and_a_given_one_wins():
             *("classes", "held_out", "guide_epochs", "init"),  # none, none, by the schedule, none
             *("amp", "compile"),  # decided where the device is known
         }
+
+
+def test_a_recipe_as_it_is_says_what_it_gave_and_how_long_it_takes(capsys):
+    """As the committed logs have it, whatever the schedule; nothing with other options."""
+    for recipe, logs, rows in (
+        ("small", "claim/test", ("none", "constant-90", "early-90")),
+        ("glyphs", "glyphs", ("none", "constant", "early")),
+    ):
+        found = [sorted((HERE / "results" / logs).glob(f"deit_mini-{row}-seed?.jsonl")) for row in rows]
+        means = [np.mean([records_of(path)[-1]["val_acc"] for path in row]) + 1e-9 for row in found]
+        told = "recipe {}, as measured (README): {:.1f}% alone, {:.1f}% with constant and {:.1f}% with early"
+        for more, said in (
+            ([], True),
+            (["--schedule", "none"], True),
+            (["--schedule", "constant", "--seed", "7", "--out", "there"], True),
+            (["--beta", "9"], False),
+            (["--held-out", "0.2"], False),
+            (["--epochs", "9"], False),
+            (["--model", "resnet8"], False),
+        ):
+            options.tell_expected(train.parse(["--recipe", recipe, *more]), train.RECIPES[recipe])
+            line = capsys.readouterr().out
+            assert line.startswith(told.format(recipe, *means)) if said else not line, more
 
 
 def test_a_recipes_few_classes_belong_to_its_own_data_set():
