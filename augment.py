@@ -97,7 +97,7 @@ def batches(x, y, batch_size, size, generator, strength="strong", rank=0, ranks=
         size: side of the augmented images, in pixels.
         generator: a torch.Generator on the CPU, the only source of randomness.
         strength: as in `draw`.
-        rank, ranks: this process's number and how many there are; each takes an equal part of every batch.
+        rank, ranks: this process's number, and of how many: all draw alike, each takes its part of every batch.
 
     Yields:
         images float32 (batch_size / ranks, 3, size, size), labels, on the device of x and y.

@@ -270,7 +270,7 @@ def fetch(make, root, name, part):
     try:
         return make(root, part, download=True)
     except ModuleNotFoundError as error:
-        raise InputError(f"reading {name} takes {error.name}: pip install {error.name}") from error
+        raise InputError(f"reading {name} needs {error.name}: pip install {error.name}") from error
     except (OSError, RuntimeError, EOFError, HTTPException) as error:
         folder = Path(root, "flowers-102" if name == "flowers" else "")
         raise InputError(

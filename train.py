@@ -164,7 +164,7 @@ def trained_teacher(args):
 def measure_scale(guidance, student, teacher, data, image_size, precision):
     """Sets the scale of a relative guidance loss from 512 training images, prepared like test images."""
     images = prepare(data.x_train[:: max(1, len(data.x_train) // 512)][:512], image_size)
-    student.eval()  # one image of it, for the sizes of its maps: BatchNorm must not learn from it
+    student.eval()  # only the sizes of its maps are needed: a BatchNorm must not learn from one image
     with torch.no_grad(), precision.autocast:
         _, features = student(images[:1])
         _, targets = teacher(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))

@@ -78,9 +78,9 @@ def note_idle(args, given):
 
 
 def tell_expected(args, recipe):
-    """Says what a recipe gave, where a run has its own options, but for seed and schedule."""
+    """Says what a recipe has given, if a run changes nothing of it but the seed and the schedule."""
     own = {key: value for key, value in recipe.items() if key != "schedule" and not key.startswith("cnn_")}
-    own |= dict(beta=BETA[recipe["reduction"]], guide_epochs=None, held_out=None, init=None, resume=False)
+    own |= dict(beta=BETA[recipe["reduction"]], guide_epochs=None, held_out=None, init=None)
     if args.recipe in MEASURED and all(getattr(args, key) == value for key, value in own.items()):
         alone, constant, early, minutes = MEASURED[args.recipe]
         print(

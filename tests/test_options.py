@@ -50,8 +50,9 @@ def test_every_option_has_a_value_of_its_recipe_and_a_given_one_wins():
         }
 
 
-def test_a_recipe_as_it_is_says_what_it_gave_and_how_long_it_takes(capsys):
-    """As the committed logs have it, whatever the schedule; nothing with other options."""
+def test_a_recipe_as_it_is_says_what_it_gave_and_how_long_it_takes(monkeypatch, capsys):
+    """Before anything else; as the committed logs have it, whatever the schedule; nothing with other options."""
+    monkeypatch.setattr(train, "run", lambda *given: None)
     for recipe, logs, rows in (
         ("small", "claim/test", ("none", "constant-90", "early-90")),
         ("glyphs", "glyphs", ("none", "constant", "early")),
@@ -65,10 +66,12 @@ def test_a_recipe_as_it_is_says_what_it_gave_and_how_long_it_takes(capsys):
             (["--schedule", "constant", "--seed", "7", "--out", "there"], True),
             (["--beta", "9"], False),
             (["--held-out", "0.2"], False),
+            (["--guide-epochs", "9"], False),
+            (["--init", "other.pt"], False),
             (["--epochs", "9"], False),
             (["--model", "resnet8"], False),
         ):
-            options.tell_expected(train.parse(["--recipe", recipe, *more]), train.RECIPES[recipe])
+            command(monkeypatch, "--recipe", recipe, *more)
             line = capsys.readouterr().out
             assert line.startswith(told.format(recipe, *means)) if said else not line, more
 

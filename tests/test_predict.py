@@ -210,7 +210,9 @@ def test_init_takes_our_checkpoint_and_starts_a_head_of_another_size_anew(photos
     head = other.fc.weight.clone()
     runs.initialise(other, "run/last.pt")
     assert torch.equal(other.conv1.weight, model.conv1.weight) and torch.equal(other.fc.weight, head)
-    assert "fc.weight and fc.bias start afresh: the file has none for these" in capsys.readouterr().out
+    assert (
+        "fc.weight and fc.bias start afresh: the file has none for these classes" in capsys.readouterr().out
+    )
     with pytest.raises(
         InputError,
         match=r"does not hold weights for this network \(.*: (\S+ ){3}and \d+ more\); choose another",
