@@ -244,8 +244,7 @@ def parse(argv=None):
             parser.error(f"--{key.replace('_', '-')} must be at least {value}")
     if {"inputs", "models"} & set(args.rows or []) and not find_spec("timm"):
         parser.error("inputs and models are compared with timm's: pip install timm")
-    toggled = args.amp is not None or args.compile is not None
-    args.rows = args.rows or (["one"] if toggled else KINDS[:3])
+    args.rows = args.rows or (KINDS[:3] if args.amp is args.compile is None else ["one"])
     build(args.model, 2, args.image_size, args.patch_size)  # refuses sizes that do not fit
     if args.json and Path(args.json).exists():
         raise InputError(f"{args.json} exists already: choose another name")

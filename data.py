@@ -121,8 +121,7 @@ def load(name, root="data", classes=None, device="cpu", held_out=None, split="te
 def report_copies(name, x_train, x_test, kind):
     """Warns when test images are training images too; in a folder they were most likely copied by mistake."""
     seen = {hash(image.tobytes()) for image in x_train}
-    known = sum(hash(image.tobytes()) in seen for image in x_test)
-    if known:
+    if known := sum(hash(image.tobytes()) in seen for image in x_test):
         print(
             f"note: {known} of the {len(x_test)} {kind} images of {name} are training images too, pixel for "
             "pixel: on these, accuracy only measures memory"
@@ -191,13 +190,12 @@ def read_cache(path, name):
                     f"its parts may be {', '.join(PARTS)}, not {', '.join(sorted(odd))}: rename them"
                 )
             arrays = {part: (file[f"x_{part}"], file[f"y_{part}"]) for part in PARTS if part in given}
-            known = ("class_names", "digests", "files")
-            known = [file[key].astype(str).tolist() if key in file else None for key in known]
+            names = ("class_names", "digests", "files")
+            class_names, digests, files = (file[k].astype(str).tolist() if k in file else None for k in names)
     except MemoryError as error:
         raise InputError(f"{path} does not fit into memory ({error}); free some, or delete it") from error
     except Exception as error:  # damaged, pickled, no zip file: numpy raises many things
         raise InputError(f"{path} is not a usable cache ({error}); delete it to have it remade") from error
-    class_names, digests, files = known
     num_classes = check(arrays, CLASSES[name] or class_names and len(class_names), path)
     class_names = class_names or [f"class {k}" for k in range(num_classes)]
     if len(class_names) != num_classes or len(digests or arrays) != len(arrays):
@@ -257,10 +255,7 @@ def flowers(root):
     )
     with explained("cannot decode flowers", f"delete {root}/flowers-102 and run the same command again"):
         for part, pairs in dict(train=train + val, test=test).items():
-            x, y = [], []
-            for image, label in pairs:
-                x.append(np.asarray(ImageOps.fit(image, (STORED, STORED), Image.Resampling.BICUBIC)))
-                y.append(label)
+            x, y = zip(*((np.asarray(ImageOps.fit(image, (STORED, STORED))), k) for image, k in pairs))
             arrays[part] = np.stack(x), np.array(y)
     return Source(make_parts(arrays), [f"class {k}" for k in range(CLASSES["flowers"])])
 

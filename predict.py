@@ -69,11 +69,10 @@ def print_by_class(confusion, names):
     print(f"accuracy {accuracy:.2f}%, balanced accuracy {balanced:.2f}% (the mean over the classes)")
     print(f"95% interval of the accuracy, if the images are independent: {low:.1f} to {high:.1f}%")
     print(f"{'class':<24} {'images':>7} {'right':>7}  most often taken for")
+    wrong = confusion - confusion.diag().diag()
     for k, name in enumerate(names):
         total, right = confusion[k].sum().item(), confusion[k, k].item()
-        wrong = confusion[k].clone()
-        wrong[k] = 0
-        taken_for = f"{names[wrong.argmax()]} ({wrong.max().item()})" if wrong.any() else "-"
+        taken_for = f"{names[wrong[k].argmax()]} ({wrong[k].max().item()})" if wrong[k].any() else "-"
         print(f"{name:<24} {total:>7} {f'{100 * right / total:.1f}%' if total else '-':>7}  {taken_for}")
 
 
@@ -90,8 +89,7 @@ def write_csv(path, paths, truth, predicted, found):
 
 def parse(argv=None):
     """The command line."""
-    about = "Names what is in images, or measures a network class by class."
-    parser = Options(prog="predict.py", description=about)
+    parser = Options(prog="predict.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("checkpoint", help="a run's last.pt")
     add("images", nargs="*", help="image files (default: the images that the run was measured on)")

@@ -90,7 +90,7 @@ def resnet20(num_classes):
 
 
 def resnet8(num_classes):
-    """The smallest of the family, the teacher for the generated data set; features as in ResNet-56."""
+    """The smallest of the family, the teacher of both recipes for a CPU; features as in ResNet-56."""
     return ResNet(num_classes, (1, 1, 1), (16, 32, 64), small=True)
 
 

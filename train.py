@@ -1,4 +1,4 @@
-"""Trains one network: DeiT-tiny, alone or guided by a ResNet-56, or a ResNet.
+"""Trains one network: a transformer, alone or guided by a small ResNet; or a ResNet.
 
 Usage:
     python train.py                                        generated images, early guidance; minutes on a CPU
@@ -75,7 +75,7 @@ def train_epoch(student, teacher, guidance, optimizer, scheduler, batches, beta,
             if beta > 0:
                 with torch.no_grad():  # the same images, shrunk without antialiasing as in the paper's code
                     _, targets = teacher(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))
-                loss_guidance = guidance(features, targets)  # (B, 16, 32, 32) (B, 32, 16, 16) (B, 64, 8, 8)
+                loss_guidance = guidance(features, targets)  # targets: (B, 16, 32, 32), ... (B, 64, 8, 8)
                 loss = loss_cls + beta * loss_guidance
         precision.scaler.scale(loss).backward()
         precision.scaler.step(optimizer)
@@ -164,7 +164,7 @@ def trained_teacher(args):
 def measure_scale(guidance, student, teacher, data, image_size, precision):
     """Sets the scale of a relative guidance loss from 512 training images, prepared like test images."""
     images = prepare(data.x_train[:: max(1, len(data.x_train) // 512)][:512], image_size)
-    student.eval()  # only the sizes of its maps are needed: a BatchNorm must not learn from one image
+    student.eval()  # only the sizes of its maps are needed; the BatchNorm of another network must not learn
     with torch.no_grad(), precision.autocast:
         _, features = student(images[:1])
         _, targets = teacher(F.interpolate(images, TEACHER_SIZE, mode="bilinear"))

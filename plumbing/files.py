@@ -26,10 +26,8 @@ def explained(problem, remedy):
     """Turns what the body raises, on input that does not fit, into one line: problem (Python's message); remedy."""
     try:
         yield
-    except InputError:
-        raise
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
-        if out_of_memory(error):
+        if isinstance(error, InputError) or out_of_memory(error):
             raise
         raise InputError(f"{problem} ({error}); {remedy}") from error
 
@@ -72,10 +70,8 @@ def has_ended(pid):
     if os.name == "posix":
         try:
             os.kill(pid, 0)  # asks only
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass
+        except OSError as error:  # PermissionError: it runs, as somebody else's
+            return isinstance(error, ProcessLookupError)
     return False
 
 

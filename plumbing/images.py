@@ -72,10 +72,7 @@ def find_images(root):
     if lost:
         raise InputError(f"{some(lost)}: an empty folder, or a link that leads nowhere; fill or remove it")
     names, inner = set().union(*images.values()), sorted(inner)
-    odd = [
-        place for place in inner if any(f.casefold() in SPLITS or f in names - {place[0]} for f in place[1:])
-    ]
-    if odd:
+    if odd := [p for p in inner if any(f.casefold() in SPLITS or f in names - {p[0]} for f in p[1:])]:
         places = some(map("/".join, odd))
         raise InputError(f"{top} holds splits or classes inside of other classes: {places}; {LAYOUT}")
     if inner:

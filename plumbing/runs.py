@@ -115,8 +115,9 @@ def initialise(network, path):
     print(f"initial weights: {path}{others}")
 
 
-def check_data(path, was, data, but_for=()):
-    """Refuses a checkpoint that was trained on other data than these, and says what differs."""
+def check_data(path, was, data, but_for=(), again=""):
+    """Refuses a checkpoint that was trained on other data than these, and says what differs; `again` says what
+    else to do than to choose another."""
     now = describe(data)
     words = dict(dataset="data set ({}, now {})", num_classes="number of classes ({}, now {})")
     words |= dict(class_names="classes", held_out="part held out ({}, now {})")
@@ -128,7 +129,7 @@ def check_data(path, was, data, but_for=()):
         other = [words[key].format(was[key], now[key]) for key in differ]
         raise InputError(
             f"{path} was trained on other data; what differs: {', '.join(other)}. Choose another "
-            "checkpoint, or the --data it was trained on"
+            f"checkpoint, or the --data it was trained on{again}"
         )
 
 
@@ -277,11 +278,8 @@ class Folder:
     def open_teacher(self, path, data):
         """The frozen teacher of a file; refused if it does not fit the data."""
         state = load_checkpoint(path)
-        try:
-            check_data(path, state["data"], data)
-        except InputError as error:
-            again = f"; or remove {path.parent}, so that a teacher is trained anew"
-            raise InputError(f"{error}{again if self.args.teacher in CNNS else ''}") from error
+        again = f"; or remove {path.parent}, so that a teacher is trained anew" * (self.args.teacher in CNNS)
+        check_data(path, state["data"], data, again=again)
         with explained(f"the teacher {path} cannot guide", "choose another --teacher"):
             teacher = load_teacher(state)
         about = dict(teacher_model=state["args"]["model"], teacher_epochs=len(state["history"]))
@@ -475,13 +473,11 @@ class Progress:
 
 def show_epoch(line, epochs):
     """Prints an epoch's line of the log for a person."""
-    loss_guidance, weighted = "-", "-"
-    if line["beta"]:
-        loss_guidance = f"{line['loss_guidance']:.3f}"
-        weighted = f"{line['beta'] * line['loss_guidance']:.3f}"
+    beta, guidance = line["beta"], line["loss_guidance"]
+    loss_guidance, weighted = (f"{guidance:.3f}", f"{beta * guidance:.3f}") if beta else ("-", "-")
     left = timedelta(seconds=round(line["seconds"] * (epochs - 1 - line["epoch"])))
     print(
-        f"epoch {line['epoch']:3d}  beta {line['beta']:.3f}  loss_cls {line['loss_cls']:.3f}  "
+        f"epoch {line['epoch']:3d}  beta {beta:.3f}  loss_cls {line['loss_cls']:.3f}  "
         f"loss_guidance {loss_guidance:>6}  beta*L {weighted:>6}  train {line['train_acc']:5.1f}%  "
         f"val {line['val_acc']:5.1f}%  {line['images_per_second']:.0f} images/s  {left} left",
         flush=True,

@@ -30,6 +30,13 @@ def empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+class Malicious:
+    """Unpickling it would run a program."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
 # ------------------------------------------------------------------------------------------ small data sets
 
 

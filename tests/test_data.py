@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_images, small_cache, small_tree
+from conftest import Malicious, save_images, small_cache, small_tree
 from PIL import Image, ImageOps
 
 import data
@@ -81,11 +81,6 @@ def test_labels_may_be_integers_of_any_kind_and_names_of_classes_anything_that_h
     assert json.loads(json.dumps(loaded.about))["class_names"][3] == expected
     small_cache(tmp_path / "cifar10.npz")
     assert load("cifar10", tmp_path).about["train"] == loaded.about["train"]  # the same images and labels
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command, easy_cache, records, small_cache
+from conftest import HERE, Malicious, command, easy_cache, records, small_cache
 
 from plumbing.files import InputError, read_tensors, write_tensors, write_whole
 from plumbing.runs import load_checkpoint
 
-HERE = Path(__file__).parents[1]
 GONE = 2**22 + 1  # Linux gives no process so high a number
 
 
@@ -159,11 +158,6 @@ def test_nothing_is_written_but_through_write_whole():
 
 
 # ------------------------------------------------------------------------------------------------- reading
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
 
 
 def test_tensors_come_back_as_they_were_written(tmp_path):
