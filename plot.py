@@ -345,9 +345,9 @@ def draw_gain(rows, out):
         colour, label = [*COLOURS.values()][(i + 2) % 5], f"{words} (n = {len(gains)})"
         label += ", beside them: their betas" * (words == first)
         axes.plot(*gains.T, MARKERS[i % 7], color=colour, alpha=0.7, label=label)
-        for betas, gains in points.items() if words == first else ():
-            text = "{:g} vs {:g}".format(*betas)
-            axes.annotate(text, np.mean(gains, axis=0), xytext=(6, 6), textcoords="offset points", size=8)
+        for j, (betas, gains) in enumerate(points.items() if words == first else ()):
+            text, place = "{:g} vs {:g}".format(*betas), (6, (6, -12)[j % 2])  # neighbours seldom overlap
+            axes.annotate(text, np.mean(gains, axis=0), xytext=place, textcoords="offset points", size=8)
     axes.axhline(0, color="grey", linewidth=1)
     axes.axvline(0, color="grey", linewidth=1)
     axes.margins(0.18)  # room for what stands beside the points

@@ -334,6 +334,7 @@ def test_tables_and_figures_say_that_accuracy_was_measured_on_held_out_images(
         ("glyphs", "glyphs", ["--untimed"]),
         ("claim/choose", "claim", ["--untimed"]),
         ("claim/test", "claim/test", ["--untimed"]),
+        ("claim/histology", "claim/histology", ["--untimed"]),
         ("glyphs/timed", "glyphs/timed", []),
     ],
 )
