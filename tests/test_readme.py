@@ -109,7 +109,7 @@ def test_the_table_of_the_claim_and_its_verdict_are_those_of_the_logs():
         names = {
             "the teacher": "resnet8",
             "no guidance": "deit_mini-none",
-            "a CNN of its arithmetic, resnet20": "resnet20",
+            "resnet20, a CNN of similar cost": "resnet20",
         }
         shown[names.get(row, f"deit_mini-{row.replace(', beta ', '-')}")] = cells
     logs = {
