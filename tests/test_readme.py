@@ -168,6 +168,8 @@ def test_what_a_row_of_the_claim_costs_is_what_was_timed():
         f" an early run. Its teacher adds {resnet8 / 2:.1f} minutes to the {alone:.0f} of the student alone: "
     )
     assert f"{said}{100 * resnet8 / 2 / alone:.0f}%" in " ".join(EVIDENCE.split())
+    early = 40 * alone + 20 * guided + 30 * resnet8
+    assert f"in {60 * resnet20 / early:.2f} of the time, teacher included" in " ".join(EVIDENCE.split())
 
 
 def test_the_tables_of_the_evidence_are_those_that_plot_has_made():
